@@ -1,0 +1,167 @@
+"""What each training step sees, as a pure function of (seed, step, process): nothing to save, nothing to replay."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dmd import seeding
+from dmd.denoiser import Cond
+from dmd.distill import Batch, CriticBatch, Iteration
+from dmd.pairs import Pairs
+from dmd.seeding import Stream
+
+Conditions = Callable[[Tensor], Cond]
+"""Condition numbers (B,) int64 to what the networks take (labels, encoded prompts, ...)."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """This process's part of every global batch: rank of world, in `accumulation` micro-batches, on `device`."""
+
+    rank: int = 0
+    world: int = 1
+    accumulation: int = 1
+    device: torch.device = torch.device("cpu")
+
+    def split(self, total: int, what: str) -> list[Tensor]:
+        """Global indices within a batch of `total`, one tensor per micro-batch. Raises ValueError if it does not divide."""
+        parts = self.world * self.accumulation
+        if total % parts:
+            raise ValueError(
+                f"{what} {total} is not divisible by {self.world} processes x {self.accumulation} accumulation steps"
+            )
+        size = total // parts
+        first = self.rank * self.accumulation
+        return [torch.arange((first + i) * size, (first + i + 1) * size) for i in range(self.accumulation)]
+
+
+@dataclass(frozen=True)
+class DistillBatches:
+    """Draws the iterations of `dmd.distill`.
+
+    Attributes:
+        seed: key of all draws.
+        shape: of one sample.
+        count: how many conditions there are, all equally likely.
+        conditions: turns their numbers into `Cond`.
+        batch_size: B, unpaired noises per iteration over all processes; 0 leaves out distribution matching.
+        pairs: the store; None leaves out regression.
+        pair_batch_size: R, pairs per iteration over all processes.
+        match_pairs: also match the paired samples, as the paper does for text to image.
+        t_range: times of the matching loss; the fake score always sees (0, 1).
+        critic_steps: critic updates per generator update.
+    """
+
+    seed: int
+    shape: tuple[int, ...]
+    count: int
+    conditions: Conditions
+    batch_size: int
+    pairs: Pairs | None
+    pair_batch_size: int
+    share: Share
+    match_pairs: bool = False
+    t_range: tuple[float, float] = (0.02, 0.98)
+    critic_steps: int = 1
+
+    def __call__(self, step: int) -> Iteration:
+        own = self.share.split(self.batch_size, "batch size")
+        paired = self.share.split(self.pair_batch_size if self.pairs else 0, "pair batch size")
+        batches = [self._batch(step, i, r) for i, r in zip(own, paired, strict=True)]
+        extra = range(1, self.critic_steps) if self.batch_size else ()
+        return Iteration(batches, [[self._critic(step, k, i) for i in own] for k in extra])
+
+    def _batch(self, step: int, index: Tensor, pair_index: Tensor) -> Batch:
+        z = self._normal(Stream.START, step, index)
+        number = seeding.integers(self.seed, Stream.LABEL, step, index, self.count)
+        z_ref, y_ref = z[:0], z[:0]
+        if self.pairs is not None and len(pair_index):
+            chosen = seeding.integers(self.seed, Stream.PAIR_CHOICE, step, pair_index, len(self.pairs))
+            z_ref, y_ref, number_ref = self.pairs[chosen]
+            number = torch.cat((number, number_ref))
+        matched = index
+        if self.match_pairs and len(index):
+            matched = torch.cat((index, self.batch_size + pair_index))
+        low, high = self.t_range
+        return Batch(
+            z=self._to(z),
+            z_ref=self._to(z_ref),
+            y_ref=self._to(y_ref),
+            cond=self._cond(number),
+            t=self._to(low + (high - low) * seeding.uniform(self.seed, Stream.MATCH_TIME, step, matched)),
+            noise=self._to(self._normal(Stream.MATCH_NOISE, step, matched)),
+            critic_t=self._to(seeding.uniform(self.seed, Stream.CRITIC_TIME, step, matched)),
+            critic_noise=self._to(self._normal(Stream.CRITIC_NOISE, step, matched)),
+        )
+
+    def _critic(self, step: int, k: int, index: Tensor) -> CriticBatch:
+        """Draws of the k-th further critic update; its indices lie beyond those of the generator's batch."""
+        index = index + 2 * k * (self.batch_size + self.pair_batch_size)
+        return CriticBatch(
+            z=self._to(self._normal(Stream.START, step, index)),
+            cond=self._cond(seeding.integers(self.seed, Stream.LABEL, step, index, self.count)),
+            t=self._to(seeding.uniform(self.seed, Stream.CRITIC_TIME, step, index)),
+            noise=self._to(self._normal(Stream.CRITIC_NOISE, step, index)),
+        )
+
+    def _normal(self, stream: Stream, step: int, index: Tensor) -> Tensor:
+        return seeding.normal(self.seed, stream, step, index, self.shape)
+
+    def _cond(self, number: Tensor) -> Cond:
+        return {k: v.to(self.share.device, non_blocking=True) for k, v in self.conditions(number).items()}
+
+    def _to(self, x: Tensor) -> Tensor:
+        return x.to(self.share.device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class TeachBatch:
+    """x0, noise (B, ...), t (B,), cond with B rows."""
+
+    x0: Tensor
+    cond: Cond
+    t: Tensor
+    noise: Tensor
+
+
+@dataclass(frozen=True)
+class TeachBatches:
+    """Draws the batches of `dmd.teach`.
+
+    Attributes:
+        data: image numbers (B,) to (x0 (B, C, H, W) in [-1, 1], labels (B,)).
+        size: how many images there are.
+        times: U[0, 1) numbers to t (the distribution of noise levels).
+        classes: number of labels; a dropped label becomes `classes`, the empty condition.
+        dropout: probability of dropping the label, for guidance.
+        flip: mirror half of the images.
+    """
+
+    seed: int
+    data: Callable[[Tensor], tuple[Tensor, Tensor]]
+    size: int
+    times: Callable[[Tensor], Tensor]
+    classes: int
+    batch_size: int
+    share: Share
+    dropout: float = 0.1
+    flip: bool = False
+
+    def __call__(self, step: int) -> Sequence[TeachBatch]:
+        return [self._batch(step, index) for index in self.share.split(self.batch_size, "batch size")]
+
+    def _batch(self, step: int, index: Tensor) -> TeachBatch:
+        words = seeding.bits(self.seed, Stream.DATA, step, index, 2)
+        x0, label = self.data((words[:, 0] * self.size) >> 32)
+        if self.flip:
+            x0 = torch.where((words[:, 1] & 1).bool()[:, None, None, None], x0.flip(-1), x0)
+        dropped = seeding.uniform(self.seed, Stream.CONDITION_DROPOUT, step, index) < self.dropout
+        device = self.share.device
+        return TeachBatch(
+            x0.to(device, non_blocking=True),
+            {"label": label.masked_fill(dropped, self.classes).to(device, non_blocking=True)},
+            self.times(seeding.uniform(self.seed, Stream.TEACH_TIME, step, index)).to(device, non_blocking=True),
+            seeding.normal(self.seed, Stream.TEACH_NOISE, step, index, x0.shape[1:]).to(device, non_blocking=True),
+        )

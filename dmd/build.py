@@ -1,0 +1,320 @@
+"""The composition root: from a config to data, teacher, pairs, distiller, judge. Only here is it known which class goes
+with which; everything below receives built objects."""
+
+import copy
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+import dmd
+from dmd import checkpoint, log, pairs
+from dmd.batches import DistillBatches, Share, TeachBatches
+from dmd.config import Config, check
+from dmd.data.images import ImageSet
+from dmd.denoiser import Guided, NetworkDenoiser
+from dmd.distill import Distance, Distiller
+from dmd.ema import Ema
+from dmd.errors import InputError
+from dmd.generate import Generator, teacher_generator
+from dmd.losses import squared_distance
+from dmd.metrics.networks import FeatureNet
+from dmd.noise import Karras
+from dmd.run import Cadence, Run, clip_and_check
+from dmd.solvers import Solver, ddim, heun
+from dmd.teach import Teacher, lognormal_times
+from dmd.teachers import pixel
+
+SOLVERS: dict[str, tuple[Solver, Callable[[int], int]]] = {"heun": (heun, lambda n: 2 * n - 1), "ddim": (ddim, lambda n: n)}
+"""Solver and its network evaluations for n steps, by the option's value."""
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Processes, device and dtype of a command."""
+
+    accelerator: Accelerator
+    autocast: torch.dtype | None
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    def share(self, accumulation: int = 1) -> Share:
+        a = self.accelerator
+        return Share(a.process_index, a.num_processes, accumulation, a.device)
+
+
+def workplace(config: Config) -> Workplace:
+    """Start processes and choose the device."""
+    check(config)
+    accelerator = Accelerator(cpu=config.run.cpu)
+    torch.backends.cuda.matmul.allow_tf32 = config.run.allow_tf32
+    torch.backends.cudnn.allow_tf32 = config.run.allow_tf32
+    return Workplace(accelerator, torch.bfloat16 if config.run.mixed_precision == "bf16" else None)
+
+
+def image_set(config: Config, split: str = "train") -> ImageSet:
+    """Real images of a config, padded to its size."""
+    from dmd.data import images
+
+    o = config.data
+    if o.data == "digits":
+        found = images.digits()
+    else:
+        if o.download:
+            images.download(config.preset, o.data)
+        found = images.load(o.data, split, channels=o.channels)  # type: ignore[arg-type]
+    if max(found.shape[1:]) > o.size:
+        raise InputError(f"images of {o.data} are {found.shape[2]} x {found.shape[1]} pixels: --size {o.size} is too small")
+    if found.shape[0] != o.channels:
+        raise InputError(f"images of {o.data} have {found.shape[0]} channels, but --channels is {o.channels}")
+    return ImageSet(images.pad_to(found.images, o.size), found.labels, found.classes)
+
+
+def pixel_config(config: Config, data: ImageSet) -> pixel.PixelConfig:
+    t = config.teacher
+    return pixel.PixelConfig(
+        data.classes, config.data.channels, config.data.size, t.width, t.multipliers, t.blocks, t.attention, t.sigma_data
+    )
+
+
+def teacher_folder(config: Config, data: ImageSet) -> Path:
+    """Where the teacher is, or will be: a given folder, or a place in the cache named by what determines it."""
+    if config.teacher.teacher is not None:
+        return Path(config.teacher.teacher)
+    facts = asdict(config.teacher) | {"flip": config.data.flip, "data": data.digest(), "seed": config.run.seed}
+    facts["precision"] = config.run.mixed_precision
+    return Path(config.run.cache_dir) / "teachers" / short_hash(facts)
+
+
+def teach(config: Config, data: ImageSet, place: Workplace, folder: Path) -> bool:
+    """Train a teacher into `folder`, resuming what is there. Returns whether it is complete (not stopped by a signal)."""
+    t = config.teacher
+    architecture = pixel_config(config, data)
+    denoiser = pixel.build(architecture, config.run.seed, place.autocast).to(place.device)
+    denoiser.net.to(memory_format=torch.channels_last)
+    ema = Ema(denoiser.net, t.teach_ema)
+    optimizer = _adam(denoiser, t.teach_lr, (0.9, 0.99), 0.0)
+    assert isinstance(denoiser.schedule, Karras)
+    batches = TeachBatches(
+        config.run.seed,
+        lambda index: (data.pixels(index), data.labels[index]),
+        len(data),
+        lognormal_times(denoiser.schedule, t.p_mean, t.p_std),
+        len(data.classes),
+        t.teach_batch_size,
+        place.share(),
+        t.label_dropout,
+        config.data.flip,
+    )
+    run = Run(
+        folder,
+        Teacher(denoiser, optimizer, ema, 1.0, clip_and_check),
+        batches,
+        Cadence(t.teach_steps, config.run.log_every, max(t.teach_steps // 10, 1), keep=1, warmup=100, cooldown=t.teach_steps // 3),
+        place.accelerator,
+        title="teacher",
+        sinks=lambda step: [log.JsonLines(folder / "metrics.jsonl", step)],
+    )
+    done = run.train().step >= t.teach_steps
+    if done and place.main:
+        pixel.save(ema.shadow.unet, architecture, folder)
+    place.accelerator.wait_for_everyone()
+    return done
+
+
+def load_teacher(config: Config, data: ImageSet, place: Workplace, folder: Path) -> tuple[NetworkDenoiser, pixel.PixelConfig]:
+    """The teacher, frozen. Raises InputError if it is not for this data."""
+    denoiser, found = pixel.load(folder, place.autocast)
+    wanted = (config.data.channels, config.data.size, len(data.classes))
+    if (found.channels, found.size, len(found.classes)) != wanted:
+        raise InputError(
+            f"the teacher in {folder} makes {found.channels} x {found.size} x {found.size} images of {len(found.classes)} "
+            f"classes, but the data has {wanted[0]} x {wanted[1]} x {wanted[1]} of {wanted[2]}"
+        )
+    denoiser = denoiser.to(place.device).requires_grad_(False)
+    denoiser.net.to(memory_format=torch.channels_last)
+    return denoiser, found
+
+
+def pair_spec(config: Config, teacher: NetworkDenoiser, found: pixel.PixelConfig) -> pairs.PairSpec:
+    p = config.pairs
+    return pairs.PairSpec(
+        checkpoint.digest(teacher.net), p.solver, p.teacher_steps, p.guidance, config.run.seed, len(found.classes),
+        found.shape, p.pairs, p.pair_shard_size,
+    )  # fmt: skip
+
+
+def guided(config: Config, teacher: NetworkDenoiser, found: pixel.PixelConfig) -> Guided:
+    """The real score: the teacher with the config's guidance."""
+    return Guided(teacher, config.pairs.guidance, found.null())
+
+
+def many_step(config: Config, real: Guided) -> tuple[Generator, int]:
+    """The teacher's sampler, and how many times a sample evaluates the network (guidance doubles each)."""
+    solver, evaluations = SOLVERS[config.pairs.solver]
+    per_step = 1 if real.scale == 1.0 else 2
+    return teacher_generator(real, solver, config.pairs.teacher_steps), per_step * evaluations(config.pairs.teacher_steps)
+
+
+def make_pairs(config: Config, real: Guided, spec: pairs.PairSpec, place: Workplace, folder: Path) -> pairs.Pairs:
+    """Make what is missing of the pairs, shared among processes, and open them."""
+    generator, _ = many_step(config, real)
+
+    @torch.no_grad()
+    def sample(z: Tensor, number: Tensor) -> Tensor:
+        chunks = zip(z.split(250), number.split(250), strict=True)
+        return torch.cat([generator(a.to(place.device), {"label": b.to(place.device)}).cpu() for a, b in chunks])
+
+    absent = pairs.missing(folder, spec)
+    place.accelerator.wait_for_everyone()
+    if absent:
+        own = absent[place.accelerator.process_index :: place.accelerator.num_processes]
+        total = sum(len(spec.indices(i)) for i in own)
+        with log.progress(total, 0, "pairs", place.main, "pair") as bar:
+            for count in pairs.make(folder, spec, own, sample):
+                bar.update(count)
+        place.accelerator.wait_for_everyone()
+        if place.main:
+            pairs.finish(folder, spec)
+        place.accelerator.wait_for_everyone()
+    return pairs.Pairs(folder, spec)
+
+
+def distance(config: Config, device: torch.device) -> Distance:
+    """The regression metric."""
+    name = config.distill.regression
+    if name == "l2":
+        return squared_distance
+    from dmd.metrics.perceptual import lpips_distance
+
+    weights = Path(config.distill.lpips_weights) if config.distill.lpips_weights else None
+    backbone: Any = name.removeprefix("lpips-")
+    return lpips_distance(backbone, weights, config.distill.lpips_size, device)
+
+
+def distiller(config: Config, teacher: NetworkDenoiser, real: Guided, place: Workplace) -> Distiller:
+    """Student and fake score begin as copies of the teacher."""
+    d = config.distill
+    student, fake = (copy.deepcopy(teacher).requires_grad_(True) for _ in range(2))
+    betas = (d.adam_beta1, d.adam_beta2)
+    return Distiller(
+        student,
+        real,
+        fake,
+        _adam(student, d.learning_rate, betas, d.weight_decay),
+        _adam(fake, d.fake_learning_rate or d.learning_rate, betas, d.weight_decay),
+        Ema(student.net, d.ema),
+        distance(config, place.device),
+        d.lambda_reg,
+        d.max_grad_norm,
+        clip_and_check,
+    )
+
+
+def ema_denoiser(task: Distiller) -> NetworkDenoiser:
+    """The student with its averaged weights: what is evaluated and exported."""
+    s = task.student
+    return NetworkDenoiser(task.ema.shadow, s.schedule, s.prediction, s.autocast).eval()
+
+
+def feature_net(config: Config, data: ImageSet) -> FeatureNet:
+    """The network of the Fréchet distance: a given CIFAR ResNet, or a small classifier trained on the data and cached."""
+    from dmd.metrics import networks
+
+    if config.evaluation.features is not None:
+        return networks.load_cifar_resnet(config.evaluation.features)
+    return networks.train_classifier(data, None, config.run.seed, Path(config.run.cache_dir) / "classifiers")
+
+
+def reference_set(config: Config, data: ImageSet) -> ImageSet:
+    """Real images that samples are measured against: the test part, or all of `digits`, which has none."""
+    return data if config.data.data == "digits" else image_set(config, "test")
+
+
+def distill_batches(config: Config, found: pixel.PixelConfig, store: pairs.Pairs | None, place: Workplace) -> DistillBatches:
+    d = config.distill
+    return DistillBatches(
+        config.run.seed,
+        found.shape,
+        len(found.classes),
+        pixel.labels,
+        0 if d.objective == "regression" else d.batch_size,
+        store,
+        d.pair_batch_size,
+        place.share(d.gradient_accumulation_steps),
+        d.match_pairs,
+        (d.t_min, d.t_max),
+        d.critic_steps_per_generator_step,
+    )
+
+
+def sinks(config: Config, folder: Path) -> Callable[[int], Sequence[log.Sink]]:
+    """Where a run's figures go, from the step at which it resumes."""
+
+    def make(step: int) -> Sequence[log.Sink]:
+        found: list[log.Sink] = [log.JsonLines(folder / "metrics.jsonl", step)]
+        if config.run.report_to == "tensorboard":
+            found.append(log.TensorBoard(folder / "tensorboard", step))
+        if config.run.report_to == "wandb":
+            found.append(log.Wandb(folder, asdict(config)))
+        return found
+
+    return make
+
+
+def environment(place: Workplace) -> dict[str, Any]:
+    """Versions, commit, device and command: what a figure needs beside it."""
+    import platform
+
+    device = torch.cuda.get_device_name(place.device) if place.device.type == "cuda" else platform.processor() or "cpu"
+    return {
+        "dmd": dmd.__version__,
+        "commit": _commit(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": f"{place.device.type}: {device}",
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+        "processes": place.accelerator.num_processes,
+        "command": sys.argv,
+    }
+
+
+def _commit() -> str | None:
+    try:
+        root = Path(__file__).parent
+        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, timeout=5)
+        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True, timeout=5)
+        return head.stdout.strip() + ("+changes" if changed.stdout.strip() else "") if head.returncode == 0 else None
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+def _adam(denoiser: NetworkDenoiser, lr: float, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
+    optimizer = torch.optim.AdamW(denoiser.net.parameters(), lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = lr
+    return optimizer
+
+
+def short_hash(facts: Any) -> str:
+    """16 hex digits that name a cached thing by what determines it."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+

@@ -1,0 +1,216 @@
+"""Atomic checkpoints: a folder is either complete and verified, or it does not count.
+
+A checkpoint is written to a hidden folder, every file is flushed to the disk, a manifest with sizes and SHA-256 sums
+goes last, and only then is the folder renamed to `step-NNNNNNNN`; older ones are removed afterwards. So a kill or a full
+disk at any moment leaves the previous checkpoint usable. Nothing is pickled: tensors are safetensors, the rest is JSON.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dmd.errors import InputError
+
+_NAME = re.compile(r"step-(\d{8})")
+_MANIFEST = "manifest.json"
+
+
+def save(
+    root: Path,
+    step: int,
+    modules: Mapping[str, nn.Module],
+    optimizers: Mapping[str, Optimizer],
+    extra: Mapping[str, Any],
+    keep: int,
+) -> Path:
+    """Write `root/step-NNNNNNNN` and keep the newest `keep` checkpoints.
+
+    Args:
+        root: folder of all checkpoints of a run; made if missing.
+        step: number of finished steps.
+        modules, optimizers: what to store, by name.
+        extra: JSON-serialisable facts that `load` returns.
+        keep: how many checkpoints to keep, at least 1.
+
+    Raises:
+        OSError: it could not be written (a full disk, ...); older checkpoints are as they were.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    final, temporary = root / f"step-{step:08d}", root / f".tmp-step-{step:08d}"
+    remove_leftovers(root)
+    temporary.mkdir()
+    try:
+        for name, module in modules.items():
+            _write_tensors(temporary / f"{name}.safetensors", module.state_dict())
+        scalars = {}
+        for name, optimizer in optimizers.items():
+            tensors, scalars[name] = _flatten_optimizer(optimizer)
+            _write_tensors(temporary / f"optimizer-{name}.safetensors", tensors)
+        write_json(temporary / "state.json", {"step": step, "optimizers": scalars, "extra": dict(extra)})
+        write_json(temporary / _MANIFEST, {"files": {p.name: describe(p) for p in sorted(temporary.iterdir())}})
+        if final.exists():
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _sync_folder(root)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    older = [p for p in steps(root) if p < final]  # a newer one that `latest` skipped as damaged does not count
+    for old in older[: max(0, len(older) + 1 - keep)]:
+        shutil.rmtree(old)
+    return final
+
+
+def steps(root: Path) -> list[Path]:
+    """Checkpoint folders by rising step, complete or not."""
+    return sorted(p for p in root.glob("step-*") if _NAME.fullmatch(p.name)) if root.is_dir() else []
+
+
+def latest(root: Path) -> Path | None:
+    """The newest checkpoint whose files all have the size and checksum of its manifest; None if there is none."""
+    return next((p for p in reversed(steps(root)) if verify(p)), None)
+
+
+def verify(path: Path) -> bool:
+    """Whether a folder's manifest is there and agrees with its files."""
+    try:
+        files = json.loads((path / _MANIFEST).read_text())["files"]
+        return all(describe(path / name) == facts for name, facts in files.items())
+    except (OSError, ValueError, KeyError, AttributeError):
+        return False
+
+
+def load(path: Path, modules: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer]) -> tuple[int, dict[str, Any]]:
+    """Restore what `save` stored; returns (step, extra).
+
+    Raises:
+        InputError: the checkpoint belongs to another architecture.
+    """
+    state = json.loads((path / "state.json").read_text())
+    for name, module in modules.items():
+        load_weights(module, path / f"{name}.safetensors")
+    for name, optimizer in optimizers.items():
+        tensors = load_file(path / f"optimizer-{name}.safetensors")
+        optimizer.load_state_dict(_unflatten_optimizer(tensors, state["optimizers"][name]))
+    return state["step"], state["extra"]
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Load safetensors weights into a module of the same architecture.
+
+    Raises:
+        InputError: the file is missing or damaged, or its tensors are not those of the module.
+    """
+    try:
+        tensors = load_file(path)
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist: give a folder that holds the weights as safetensors") from None
+    except Exception as error:  # safetensors raises its own type for damaged headers
+        raise InputError(f"{path} is not a readable safetensors file ({error})") from None
+    expected = module.state_dict()
+    for name in sorted(expected.keys() | tensors.keys()):
+        want = tuple(expected[name].shape) if name in expected else None
+        got = tuple(tensors[name].shape) if name in tensors else None
+        if want != got:
+            raise InputError(
+                f"{path} belongs to another architecture: tensor {name!r} is {got or 'absent'} there, "
+                f"but this network has {want or 'none'}"
+            )
+    module.load_state_dict(tensors)
+
+
+def save_weights(module: nn.Module, path: Path) -> None:
+    """Write a module's weights as safetensors, atomically."""
+    save_tensors(module.state_dict(), path)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors as safetensors, flushed to the disk and atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        _write_tensors(temporary, tensors)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def digest(module: nn.Module) -> str:
+    """SHA-256 of a module's weights: names, types, shapes and bytes."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON and flush it to the disk, atomically."""
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(value, file, indent=1, ensure_ascii=False)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(root: Path) -> None:
+    """Remove what a killed save left."""
+    for path in root.glob(".tmp-step-*"):
+        shutil.rmtree(path)
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    try:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path)
+    except SafetensorError as error:  # its own type, also for a full disk
+        raise OSError(str(error)) from error
+    _sync_file(path)
+
+
+def _sync_file(path: Path) -> None:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _flatten_optimizer(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state to tensors by "parameter.name", and the rest, which JSON can hold."""
+    state = optimizer.state_dict()
+    tensors = {f"{p}.{k}": v for p, entry in state["state"].items() for k, v in entry.items()}
+    return tensors, {"param_groups": state["param_groups"]}
+
+
+def _unflatten_optimizer(tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> dict[str, Any]:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        parameter, name = key.split(".", 1)
+        state.setdefault(int(parameter), {})[name] = tensor
+    return {"state": state, "param_groups": scalars["param_groups"]}

@@ -1,0 +1,298 @@
+"""Everything a user can set, as frozen dataclasses; presets; JSON in and out. The flags of the commands are these fields."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from dmd.errors import InputError
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Real images that the teacher learns and that samples are measured against."""
+
+    data: str = "digits"
+    """"digits" (ships with scikit-learn), or a folder: train.npz, class/*.png, or torchvision's own layout."""
+    size: int = 8
+    """Height and width of the images. Smaller ones are padded with black, larger ones refused."""
+    channels: int = 1
+    """1 for grey, 3 for colour."""
+    flip: bool = False
+    """Mirror half of the images when teaching."""
+    download: bool = False
+    """Let torchvision download CIFAR-10 or Fashion-MNIST into --data if it is not there."""
+
+
+@dataclass(frozen=True)
+class TeacherOptions:
+    """The many-step diffusion model that is distilled."""
+
+    teacher: str | None = None
+    """Folder of a teacher (config.json, model.safetensors). Left out, one is taught here, once, and cached."""
+    width: int = 32
+    """Channels of the UNet's first resolution."""
+    multipliers: tuple[int, ...] = (1, 2)
+    """Channels of each resolution as multiples of the width."""
+    blocks: int = 1
+    """Blocks per resolution."""
+    attention: tuple[bool, ...] = (False, True)
+    """Whether each resolution has self-attention."""
+    sigma_data: float = 0.5
+    """Standard deviation of the images in [-1, 1]."""
+    teach_steps: int = 4000
+    """Updates of the teacher's own training."""
+    teach_batch_size: int = 64
+    """Images per update of the teacher, over all processes."""
+    teach_lr: float = 2e-3
+    """Learning rate of the teacher."""
+    teach_ema: float = 0.999
+    """EMA decay of the teacher's weights; the EMA is the teacher."""
+    label_dropout: float = 0.1
+    """Probability of teaching without the label, which guidance needs."""
+    p_mean: float = -1.2
+    """Mean of ln sigma in the teacher's training (EDM)."""
+    p_std: float = 1.2
+    """Standard deviation of ln sigma in the teacher's training (EDM)."""
+
+
+@dataclass(frozen=True)
+class PairOptions:
+    """Noise-image pairs of the regression loss."""
+
+    pairs: int = 2000
+    """How many pairs."""
+    solver: Literal["heun", "ddim"] = "heun"
+    """The teacher's deterministic sampler."""
+    teacher_steps: int = 18
+    """Steps of the teacher's sampler, for pairs and for comparison (Heun: 2 n - 1 evaluations)."""
+    guidance: float = 1.0
+    """Guidance scale of pairs and real score: uncond + s (cond - uncond), so 1 means conditional only."""
+    pair_shard_size: int = 1000
+    """Pairs per file."""
+
+
+@dataclass(frozen=True)
+class DistillOptions:
+    """Distribution Matching Distillation."""
+
+    objective: Literal["dmd", "matching", "regression"] = "dmd"
+    """Both losses, or one alone (the paper's ablations)."""
+    max_train_steps: int = 1000
+    """Generator updates."""
+    batch_size: int = 64
+    """Unpaired noises per generator update, over all processes."""
+    pair_batch_size: int = 64
+    """Noise-image pairs per generator update, over all processes."""
+    match_pairs: bool = False
+    """Match the paired samples too, as the paper does for text to image."""
+    learning_rate: float = 5e-5
+    """Learning rate of the student."""
+    fake_learning_rate: float | None = None
+    """Learning rate of the fake score; the student's if left out."""
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    weight_decay: float = 0.01
+    lr_warmup_steps: int = 500
+    """Steps over which the learning rates rise linearly."""
+    lr_cooldown_steps: int = 0
+    """Steps at the end over which the learning rates fall linearly to 0."""
+    max_grad_norm: float = 10.0
+    """Gradients are clipped to this norm, each network by itself."""
+    ema: float = 0.999
+    """EMA decay of the student; the EMA is what users get."""
+    lambda_reg: float = 0.25
+    """Weight of the regression loss."""
+    regression: Literal["l2", "lpips-vgg", "lpips-alex", "lpips-squeeze"] = "l2"
+    """Distance of the regression loss. The papers use LPIPS with VGG, which needs pretrained weights."""
+    lpips_weights: str | None = None
+    """File with the backbone of LPIPS (torchvision's state dict, .pth or .safetensors)."""
+    lpips_size: int = 64
+    """Images are enlarged to this size before LPIPS (the paper: 224)."""
+    critic_steps_per_generator_step: int = 1
+    """Updates of the fake score, each on fresh samples, per update of the student."""
+    t_min: float = 0.02
+    t_max: float = 0.98
+    """Times of the matching loss; the fake score is trained on all of (0, 1)."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches per update, for all losses."""
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """How the student is judged, against its own teacher from the same noise."""
+
+    features: str | None = None
+    """File of a pretrained CIFAR ResNet (.th) whose features measure the Fréchet distance. Left out, a small classifier
+    is trained on the data, once, and cached."""
+    eval_every: int = 250
+    """Steps between evaluations; the best student by Fréchet distance is kept."""
+    eval_samples: int = 1000
+    """Samples of evaluations in the loop."""
+    final_samples: int = 5000
+    """Samples of the final comparison with the teacher, from noise that no evaluation in the loop has used."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where and how the command runs."""
+
+    output_dir: str = "runs/digits"
+    """The run directory. The same command with the same directory resumes."""
+    cache_dir: str = "runs/cache"
+    """Teachers, pairs and classifiers that several runs share."""
+    seed: int = 0
+    """Key of all randomness, 0 to 2^64 - 1."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """Dtype of the networks' arithmetic; conversions, losses and averages stay float32."""
+    cpu: bool = False
+    """Use the CPU though there is a GPU."""
+    checkpointing_steps: int = 250
+    """Steps between checkpoints."""
+    checkpoints_total_limit: int = 2
+    """How many checkpoints to keep."""
+    log_every: int = 20
+    """Steps between lines of metrics.jsonl."""
+    report_to: Literal["tensorboard", "wandb", "none"] = "tensorboard"
+    """Where figures go beside metrics.jsonl. wandb runs offline unless WANDB_MODE says otherwise."""
+    allow_tf32: bool = True
+    """Let CUDA use TF32 in float32 matrix products and convolutions."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run, from data to report."""
+
+    preset: str = "digits"
+    data: DataOptions = field(default_factory=DataOptions)
+    teacher: TeacherOptions = field(default_factory=TeacherOptions)
+    pairs: PairOptions = field(default_factory=PairOptions)
+    distill: DistillOptions = field(default_factory=DistillOptions)
+    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
+    run: RunOptions = field(default_factory=RunOptions)
+
+
+RESUMABLE = {
+    "max_train_steps", "eval_every", "eval_samples", "final_samples", "checkpointing_steps", "checkpoints_total_limit",
+    "log_every", "report_to", "cache_dir", "cpu", "output_dir", "download", "lpips_weights", "features", "data", "teacher",
+}  # fmt: skip
+"""Options that may differ when a run is resumed; files are compared by content instead."""
+
+
+def check(config: Config) -> None:
+    """Raises InputError for values out of range."""
+    d, e, r = config.distill, config.evaluation, config.run
+    positive = {
+        "--size": config.data.size, "--width": config.teacher.width, "--teach-batch-size": config.teacher.teach_batch_size,
+        "--max-train-steps": d.max_train_steps, "--gradient-accumulation-steps": d.gradient_accumulation_steps,
+        "--critic-steps-per-generator-step": d.critic_steps_per_generator_step, "--teacher-steps": config.pairs.teacher_steps,
+        "--pair-shard-size": config.pairs.pair_shard_size, "--checkpoints-total-limit": r.checkpoints_total_limit,
+        "--learning-rate": d.learning_rate, "--max-grad-norm": d.max_grad_norm, "--log-every": r.log_every,
+    }  # fmt: skip
+    for flag, value in positive.items():
+        if value <= 0:
+            raise InputError(f"{flag} is {value}: it must be greater than 0")
+    if not 0.0 <= d.t_min < d.t_max <= 1.0:
+        raise InputError(f"--t-min {d.t_min} and --t-max {d.t_max}: they must be in order and within 0 and 1")
+    if not 0.0 <= d.ema < 1.0:
+        raise InputError(f"--ema is {d.ema}: it must be at least 0 and below 1")
+    if not 0 <= r.seed < 2**64:
+        raise InputError(f"--seed is {r.seed}: it must be at least 0 and below 2**64")
+    if config.data.channels not in (1, 3):
+        raise InputError(f"--channels is {config.data.channels}: it must be 1 or 3")
+    if d.objective != "regression" and d.batch_size < 1:
+        raise InputError(f"--batch-size is {d.batch_size}: distribution matching needs at least 1")
+    if d.objective != "matching" and (d.pair_batch_size < 1 or config.pairs.pairs < 1):
+        raise InputError("the regression loss needs --pairs and --pair-batch-size of at least 1; or use --objective matching")
+    if e.final_samples < 16 or (e.eval_every and e.eval_samples < 16):
+        raise InputError("--eval-samples and --final-samples must be at least 16: a Fréchet distance of fewer means nothing")
+    if len(config.teacher.multipliers) != len(config.teacher.attention):
+        raise InputError("--multipliers and --attention must be equally long: one entry for each resolution")
+    if config.data.size % 2 ** (len(config.teacher.multipliers) - 1):
+        raise InputError(
+            f"--size is {config.data.size}: it must be divisible by {2 ** (len(config.teacher.multipliers) - 1)}, "
+            f"since the UNet halves it {len(config.teacher.multipliers) - 1} times"
+        )
+
+
+def to_json(config: Config) -> dict[str, Any]:
+    """Plain nested dictionaries; `from_json` reads them back."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_json(raw: Mapping[str, Any], where: str) -> Config:
+    """A config from `to_json`'s form. Raises InputError for unknown keys, naming them and `where` they are."""
+    return _read(Config, raw, where)
+
+
+def _read(kind: Any, raw: Mapping[str, Any], where: str) -> Any:
+    types = {f.name: f for f in fields(kind)}
+    values = {}
+    for key, value in raw.items():
+        if key not in types:
+            raise InputError(f"{where} has the unknown key {key!r}: {kind.__name__} knows {', '.join(types)}")
+        nested = types[key].default_factory
+        if dataclasses.is_dataclass(nested):
+            value = _read(nested, value, where)
+        values[key] = tuple(value) if isinstance(value, list) else value
+    return kind(**values)
+
+
+def read(path: Path) -> Config:
+    """The config.json of a run. Raises InputError if it is missing, damaged or has unknown keys."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise InputError(f"{path} does not exist: give a run directory") from None
+    except ValueError:
+        raise InputError(f"{path} is not valid JSON: restore it, or start over with --fresh") from None
+    if not isinstance(raw, dict):
+        raise InputError(f"{path} is not a JSON object: it should be a run's configuration")
+    return from_json(raw, str(path))
+
+
+def require_same(old: Config, new: Config, where: str) -> None:
+    """Raises InputError naming the first option, other than `RESUMABLE` ones, in which a resumed run differs."""
+    for group in (f.name for f in fields(Config) if f.name != "preset"):
+        a, b = getattr(old, group), getattr(new, group)
+        for f in fields(a):
+            before, now = getattr(a, f.name), getattr(b, f.name)
+            if f.name not in RESUMABLE and before != now:
+                raise InputError(
+                    f"{where} holds another run ({f.name} was {before!r}, now {now!r}): give another --output-dir, "
+                    f"or start over with --fresh"
+                )
+
+
+_SMALL = TeacherOptions(width=64, multipliers=(1, 2, 2), blocks=2, attention=(False, True, False))
+
+PRESETS: dict[str, Config] = {
+    # 8 x 8 handwritten digits; the whole chain in minutes on two CPU cores
+    "digits": Config(),
+    "fashion": Config(
+        preset="fashion",
+        data=DataOptions(data="data/fashion", size=32, channels=1),
+        teacher=_SMALL,
+        run=RunOptions(output_dir="runs/fashion"),
+    ),
+    "cifar10": Config(
+        preset="cifar10",
+        data=DataOptions(data="data/cifar10", size=32, channels=3, flip=True),
+        teacher=_SMALL,
+        run=RunOptions(output_dir="runs/cifar10"),
+    ),
+}
+
+
+def preset(name: str) -> Config:
+    """A preset by name. Raises InputError listing the names."""
+    if name not in PRESETS:
+        raise InputError(f"there is no preset {name!r}: choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def with_run(config: Config, **changes: Any) -> Config:
+    """The config with some run options replaced."""
+    return replace(config, run=replace(config.run, **changes))

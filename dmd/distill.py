@@ -1,0 +1,203 @@
+"""One iteration of Distribution Matching Distillation (Yin et al., CVPR 2024, arXiv 2311.18828, Algorithm 1).
+
+Three denoisers of one type: the student, the frozen real score (guided) and the fake score that is trained online on the
+student's own samples. Knows tensors, two optimisers and a distance between images; no files, text or processes.
+
+All networks run in `eval` mode: dropout is off everywhere, as in the paper, and the networks here have no other state
+that training mode would change.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dmd.denoiser import Cond, Denoiser, NetworkDenoiser
+from dmd.ema import Ema
+from dmd.losses import denoising_loss, matching_gradient, normaliser, surrogate
+from dmd.solvers import one_step
+
+Distance = Callable[[Tensor, Tensor], Tensor]
+"""(x0 (B, ...), target (B, ...)) to per-sample distances (B,), differentiable in the first."""
+
+Update = Callable[[Sequence[nn.Parameter], float, Mapping[str, Tensor]], Tensor]
+"""(parameters, max_norm, losses) to the gradient norm; clips, and raises before a bad update (`dmd.run.clip_and_check`)."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Everything random of one micro-batch, so that an iteration is a function of weights and batch.
+
+    The student maps B unpaired noises and R paired ones. The first M rows of those B + R are matched and train the fake
+    score: M = B (class-conditional, as in the paper), B + R (text to image) or 0 (the regression-only ablation).
+
+    Shapes: z (B, ...), z_ref and y_ref (R, ...), cond rows B + R; noise, critic_noise (M, ...), t, critic_t (M,).
+    """
+
+    z: Tensor
+    z_ref: Tensor
+    y_ref: Tensor
+    cond: Cond
+    t: Tensor
+    noise: Tensor
+    critic_t: Tensor
+    critic_noise: Tensor
+
+
+@dataclass(frozen=True)
+class CriticBatch:
+    """Fresh samples for one more update of the fake score: z and noise (B, ...), t (B,), cond with B rows."""
+
+    z: Tensor
+    cond: Cond
+    t: Tensor
+    noise: Tensor
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """Micro-batches of the generator update and of the critic update on its samples, then those of further critic updates."""
+
+    batches: Sequence[Batch]
+    critic: Sequence[Sequence[CriticBatch]] = ()
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What the fake score is trained on: detached samples x, their condition, and times and noise to diffuse them with."""
+
+    x: Tensor
+    cond: Cond
+    t: Tensor
+    noise: Tensor
+
+
+class Distiller:
+    """Generator update, then critic updates. `step` is one iteration.
+
+    Args:
+        student, fake: trained; both start as the teacher.
+        real: the frozen teacher, with its guidance.
+        student_optimizer, fake_optimizer: over the parameters of student and fake.
+        ema: follows the student.
+        distance: regression metric between the student's image and the teacher's.
+        lambda_reg: weight of the regression loss.
+        max_norm: gradients are clipped to this norm.
+        update: clips and checks gradients.
+    """
+
+    def __init__(
+        self,
+        student: NetworkDenoiser,
+        real: Denoiser,
+        fake: NetworkDenoiser,
+        student_optimizer: Optimizer,
+        fake_optimizer: Optimizer,
+        ema: Ema,
+        distance: Distance,
+        lambda_reg: float,
+        max_norm: float,
+        update: Update,
+    ):
+        if not student.schedule == real.schedule == fake.schedule:
+            raise ValueError(f"schedules differ: {student.schedule}, {real.schedule}, {fake.schedule}")
+        self.student = student.eval()
+        self.real = real.eval().requires_grad_(False)
+        self.fake = fake.eval()
+        self.student_optimizer = student_optimizer
+        self.fake_optimizer = fake_optimizer
+        self.ema = ema
+        self.distance = distance
+        self.lambda_reg = lambda_reg
+        self.max_norm = max_norm
+        self.update = update
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {"student": self.student.net, "fake": self.fake.net, "ema": self.ema.shadow}
+
+    def optimizers(self) -> dict[str, Optimizer]:
+        return {"student": self.student_optimizer, "fake": self.fake_optimizer}
+
+    def step(self, step: int, iteration: Iteration) -> dict[str, Tensor]:
+        """One generator update and 1 + len(iteration.critic) critic updates. Returns detached scalars.
+
+        The first critic update uses the generator's own samples, so it costs no further pass of the student. Both
+        gradients are there before either network changes: a bad one stops the run with all weights as they were.
+
+        Raises:
+            NotFinite: (by `update`) a gradient or loss is NaN or infinite.
+        """
+        samples, figures = self._student_gradients(iteration.batches)
+        matched = any(len(s.x) for s in samples)
+        if matched:
+            figures |= self._fake_gradients(samples)
+        figures["grad/student"] = self.update(list(self.student.net.parameters()), self.max_norm, figures)
+        if matched:
+            figures["grad/fake"] = self.update(list(self.fake.net.parameters()), self.max_norm, figures)
+            self.fake_optimizer.step()
+        self.student_optimizer.step()
+        self.ema.update(self.student.net, step)
+        for batches in iteration.critic:
+            fresh = self._fake_gradients([self._sample(b) for b in batches])
+            self.update(list(self.fake.net.parameters()), self.max_norm, fresh)
+            self.fake_optimizer.step()
+        return figures
+
+    def _student_gradients(self, batches: Sequence[Batch]) -> tuple[list[Samples], dict[str, Tensor]]:
+        """Backward of matching and regression; returns the matched samples, detached, for the fake score."""
+        self.student_optimizer.zero_grad()
+        samples, figures = [], []
+        for batch in batches:
+            x_all = one_step(self.student, torch.cat((batch.z, batch.z_ref)), batch.cond)
+            x, x_ref = x_all[: len(batch.t)], x_all[len(batch.z) :]
+            cond = {k: v[: len(x)] for k, v in batch.cond.items()}
+            loss, scalars = x_all.new_zeros(()), {}
+            if len(x):
+                gradient, scalars = self._match(x.detach(), batch, cond)
+                loss = surrogate(x, gradient)
+                scalars |= {"loss/matching": loss.detach()}
+            if len(x_ref):
+                regression = self.distance(x_ref, batch.y_ref).mean()
+                loss = loss + self.lambda_reg * regression
+                scalars |= {"loss/regression": regression.detach()} | _drift(x_ref.detach(), batch.y_ref)
+            (loss / len(batches)).backward()
+            samples.append(Samples(x.detach(), cond, batch.critic_t, batch.critic_noise))
+            figures.append(scalars)
+        return samples, {k: torch.stack([f[k] for f in figures]).mean() for k in figures[0]}
+
+    @torch.no_grad()
+    def _match(self, x: Tensor, batch: Batch, cond: Cond) -> tuple[Tensor, dict[str, Tensor]]:
+        """The distribution-matching gradient at the diffused samples, and its health."""
+        x_t = self.student.schedule.diffuse(x, batch.noise, batch.t)
+        x0_real = self.real(x_t, batch.t, cond)
+        x0_fake = self.fake(x_t, batch.t, cond)
+        return matching_gradient(x, x0_real, x0_fake), {
+            "health/normaliser": normaliser(x, x0_real).mean(),
+            "health/fake_real_gap": (x0_fake - x0_real).abs().mean(),
+        }
+
+    def _fake_gradients(self, samples: Sequence[Samples]) -> dict[str, Tensor]:
+        """Backward of the fake score's denoising loss on the student's samples."""
+        self.fake_optimizer.zero_grad()
+        total = samples[0].x.new_zeros(())
+        for s in samples:
+            x_t = self.fake.schedule.diffuse(s.x, s.noise, s.t)
+            _, out = self.fake.coefficients(s.t, x_t)
+            loss = denoising_loss(self.fake(x_t, s.t, s.cond), s.x, out) / len(samples)
+            loss.backward()
+            total = total + loss.detach()
+        return {"loss/fake": total}
+
+    @torch.no_grad()
+    def _sample(self, batch: CriticBatch) -> Samples:
+        return Samples(one_step(self.student, batch.z, batch.cond), batch.cond, batch.t, batch.noise)
+
+
+def _drift(x_ref: Tensor, y_ref: Tensor) -> dict[str, Tensor]:
+    """Brightness and contrast of the student's images minus the teacher's from the same noise."""
+    return {
+        "health/brightness_drift": x_ref.mean() - y_ref.mean(),
+        "health/contrast_drift": x_ref.std() - y_ref.std(),
+    }

@@ -1,0 +1,90 @@
+"""Where a run's figures go: metrics.jsonl, TensorBoard, Weights & Biases if asked, and the progress bar."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+
+class Sink(Protocol):
+    """Takes the scalars of a step."""
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """One JSON object a line. On resume, lines at or after the resumed step are dropped, so that no step is there twice."""
+
+    def __init__(self, path: Path, resume_step: int):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [r for r in read_jsonl(path) if r["step"] <= resume_step]
+        temporary = path.with_name(f".tmp-{path.name}")
+        temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        temporary.replace(path)
+        self._file = open(path, "a", encoding="utf-8")
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoard:
+    """Event files in `folder`."""
+
+    def __init__(self, folder: Path, resume_step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else None)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Wandb:
+    """Weights & Biases, offline unless the user's environment says otherwise; needs `pip install wandb`."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any]):
+        import wandb
+
+        self._run = wandb.init(
+            project="dmd", dir=str(folder), id=folder.name, resume="allow", config=dict(config),
+            mode=os.environ.get("WANDB_MODE", "offline"),  # type: ignore[arg-type]
+        )  # fmt: skip
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        self._run.log(dict(scalars), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """All whole lines of a metrics file; a last line that a kill cut short is left out."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def progress(total: int, initial: int, title: str, show: bool, unit: str = "it") -> "tqdm[Any]":
+    """A bar with rate and time left; silent when `show` is false (other ranks)."""
+    return tqdm(
+        total=total, initial=initial, desc=title, disable=not show, dynamic_ncols=True, mininterval=0.5, unit=unit
+    )

@@ -1,0 +1,162 @@
+"""Noise-image pairs for the regression loss: a resumable, sharded, checksummed store.
+
+A pair is (z, y): unit noise and what the teacher's deterministic sampler makes of it (DMD section 3.3). The noise is not
+stored, since it follows from the seed and the pair's index. Each shard is a safetensors file with a sidecar that holds
+its size and SHA-256; a shard without a valid sidecar does not count and is made again, alone.
+
+    pairs/manifest.json            what the pairs are: teacher, sampler, steps, guidance, seed, shapes, shard table
+    pairs/00000.safetensors        condition (N,) int64, image (N, C, H, W) float16
+    pairs/00000.json               size and sha256 of that file
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dmd import checkpoint, seeding
+from dmd.errors import InputError
+from dmd.seeding import Stream
+
+
+@dataclass(frozen=True)
+class PairSpec:
+    """What determines every pair. Two stores with equal specs hold equal pairs.
+
+    Attributes:
+        teacher: SHA-256 of the teacher's weights.
+        solver, steps, guidance: how the teacher samples.
+        seed: key of noise and conditions.
+        conditions: how many conditions there are; pair i has one of them, drawn from the seed.
+        shape: (C, H, W) of noise and image.
+        count: number of pairs.
+        shard_size: pairs per shard; also the fixed work unit, so pairs do not depend on how many processes made them.
+    """
+
+    teacher: str
+    solver: str
+    steps: int
+    guidance: float
+    seed: int
+    conditions: int
+    shape: tuple[int, ...]
+    count: int
+    shard_size: int
+
+    def indices(self, shard: int) -> Tensor:
+        """Global indices of a shard's pairs."""
+        return torch.arange(shard * self.shard_size, min((shard + 1) * self.shard_size, self.count))
+
+    def noise(self, index: Tensor) -> Tensor:
+        """Unit noise z (B, C, H, W) of pairs."""
+        return seeding.normal(self.seed, Stream.PAIR, 0, index, self.shape)
+
+    def condition(self, index: Tensor) -> Tensor:
+        """Number of the condition of each pair, (B,) int64."""
+        return seeding.integers(self.seed, Stream.PAIR_LABEL, 0, index, self.conditions)
+
+    @property
+    def shards(self) -> int:
+        return -(-self.count // self.shard_size)
+
+
+Sample = Callable[[Tensor, Tensor], Tensor]
+"""(unit noise (B, C, H, W), condition numbers (B,)) to the teacher's images in [-1, 1]."""
+
+
+def missing(folder: Path, spec: PairSpec) -> list[int]:
+    """Shards that are absent, truncated or altered.
+
+    Raises:
+        InputError: the folder holds pairs of another spec.
+    """
+    manifest = folder / "manifest.json"
+    if manifest.exists():
+        _require_same(manifest, spec)
+    return [i for i in range(spec.shards) if not _valid(folder, i)]
+
+
+def make(folder: Path, spec: PairSpec, shards: list[int], sample: Sample) -> Iterator[int]:
+    """Make the given shards; yields the number of pairs of each as it is safely on the disk.
+
+    Processes can share the work by taking different shards. `finish` writes the manifest once all are there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "manifest.json").exists():
+        checkpoint.write_json(folder / "manifest.json", {"spec": _plain(spec), "shards": {}})
+    for shard in shards:
+        index = spec.indices(shard)
+        condition = spec.condition(index)
+        image = sample(spec.noise(index), condition).to("cpu", torch.float16)
+        if not bool(torch.isfinite(image).all()):
+            raise ArithmeticError(f"the teacher's images of pair shard {shard} are not finite")
+        path = folder / f"{shard:05d}.safetensors"
+        checkpoint.save_tensors({"condition": condition, "image": image}, path)
+        checkpoint.write_json(path.with_suffix(".json"), checkpoint.describe(path))
+        yield len(index)
+
+
+def finish(folder: Path, spec: PairSpec) -> None:
+    """Write the manifest with the table of all shards."""
+    table = {f"{i:05d}.safetensors": _sidecar(folder, i) for i in range(spec.shards)}
+    checkpoint.write_json(folder / "manifest.json", {"spec": _plain(spec), "shards": table})
+
+
+class Pairs:
+    """Read access to a complete store; files are memory-mapped, so only the pairs that are used cost memory.
+
+    Raises:
+        InputError: a shard is missing, truncated or altered.
+    """
+
+    def __init__(self, folder: Path, spec: PairSpec):
+        absent = missing(folder, spec)
+        if absent:
+            raise InputError(f"{folder} lacks {len(absent)} of {spec.shards} pair shards, first {absent[0]:05d}: make them")
+        self.spec = spec
+        self._shards = [load_file(folder / f"{i:05d}.safetensors") for i in range(spec.shards)]
+
+    def __len__(self) -> int:
+        return self.spec.count
+
+    def __getitem__(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(z, y, condition numbers) of pairs `index` (B,): float32 (B, C, H, W) twice, int64 (B,)."""
+        rows = [(self._shards[i // self.spec.shard_size], i % self.spec.shard_size) for i in index.tolist()]
+        y = torch.stack([shard["image"][row] for shard, row in rows]).float()
+        condition = torch.stack([shard["condition"][row] for shard, row in rows])
+        return self.spec.noise(index), y, condition
+
+
+def _valid(folder: Path, shard: int) -> bool:
+    facts = _sidecar(folder, shard)
+    path = folder / f"{shard:05d}.safetensors"
+    return facts is not None and path.exists() and checkpoint.describe(path) == facts
+
+
+def _sidecar(folder: Path, shard: int) -> Mapping[str, object] | None:
+    try:
+        return json.loads((folder / f"{shard:05d}.json").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _plain(spec: PairSpec) -> dict[str, object]:
+    return json.loads(json.dumps(asdict(spec)))
+
+
+def _require_same(manifest: Path, spec: PairSpec) -> None:
+    try:
+        found = json.loads(manifest.read_text())["spec"]
+    except (ValueError, KeyError):
+        raise InputError(f"{manifest} is damaged: remove the folder {manifest.parent}, its pairs will be made again") from None
+    wanted = _plain(spec)
+    for name, value in wanted.items():
+        if found.get(name) != value:
+            raise InputError(
+                f"{manifest.parent} holds pairs with {name} = {found.get(name)!r}, but {value!r} is asked for: "
+                f"give another folder, or remove this one"
+            )

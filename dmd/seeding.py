@@ -1,0 +1,100 @@
+"""Randomness as a function of (seed, stream, step, global sample index).
+
+Nothing here has state, so a resumed run draws what an uninterrupted one would have drawn, and a sample does not
+depend on the batch, the process or the device that computes it.
+
+The bits come from Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), evaluated
+for a whole batch at once. `torch.Generator` is not used: its CPU engine keeps only the low 32 bits of a seed, and one
+generator per sample costs more than a small network's step.
+"""
+
+import enum
+import math
+
+import torch
+from torch import Tensor
+
+
+class Stream(enum.IntEnum):
+    """Names of independent random streams. Numbers are part of the on-disk contract: never reuse or renumber."""
+
+    SAMPLE = 0  # start noise of images that users ask for, and of evaluation
+    PAIR = 1  # start noise of the regression pairs
+    PAIR_LABEL = 2  # their condition
+    PAIR_CHOICE = 3  # which pairs a training step sees
+    START = 4  # start noise of the student in training
+    LABEL = 5  # condition of training samples
+    MATCH_TIME = 6  # t and noise of the distribution-matching term
+    MATCH_NOISE = 7
+    CRITIC_TIME = 8  # t and noise of the fake score's denoising loss
+    CRITIC_NOISE = 9
+    DATA = 10  # which real images a teacher's step sees
+    TEACH_TIME = 11
+    TEACH_NOISE = 12
+    CONDITION_DROPOUT = 13
+    CRITIC_START = 14  # fresh student samples for the critic's extra steps
+    CRITIC_LABEL = 15
+
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
+    """Philox-4x32-10: four 32-bit words of the counter and two of the key to four random 32-bit words.
+
+    Words are held in int64 tensors of one broadcastable shape; the values are in [0, 2^32).
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]  # wraps in int64, yet all 64 bits are right
+        c0, c1, c2, c3 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, p1 & _MASK, ((p0 >> 32) & _MASK) ^ c3 ^ k1, p0 & _MASK
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def bits(seed: int, stream: Stream, step: int, index: Tensor, count: int) -> Tensor:
+    """Random 32-bit words, shape (B, count), int64 in [0, 2^32), one row per global sample index.
+
+    Args:
+        seed: 0 to 2^64 - 1.
+        stream: which independent sequence.
+        step: 0 to 2^32 - 1.
+        index: (B,) int64, 0 to 2^56 - 1.
+        count: words per sample.
+
+    Raises:
+        ValueError: a number is out of its range.
+    """
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed {seed} is out of range: it must be at least 0 and below 2**64")
+    if not 0 <= step <= _MASK:
+        raise ValueError(f"step {step} is out of range: it must be at least 0 and below 2**32")
+    blocks = -(-count // 4)
+    block = torch.arange(blocks, device=index.device)[None, :]
+    index = index[:, None]
+    high = ((index >> 32) & 0xFFFFFF) << 8 | int(stream)
+    words = philox((block, index & _MASK, torch.full_like(index, step), high), (seed & _MASK, seed >> 32))
+    return torch.stack(torch.broadcast_tensors(*words), dim=-1).reshape(len(index), 4 * blocks)[:, :count]
+
+
+def uniform(seed: int, stream: Stream, step: int, index: Tensor) -> Tensor:
+    """U[0, 1), shape (B,), float32 with 24 random bits, one number per sample."""
+    return (bits(seed, stream, step, index, 1)[:, 0] >> 8).float() * 2.0**-24
+
+
+def integers(seed: int, stream: Stream, step: int, index: Tensor, high: int) -> Tensor:
+    """Uniform integers in [0, high), shape (B,), int64. The bias is below high / 2^32."""
+    return (bits(seed, stream, step, index, 1)[:, 0] * high) >> 32
+
+
+def normal(seed: int, stream: Stream, step: int, index: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """N(0, I), shape (B, *shape), float32 (Box-Muller). The bits are equal on all devices, the last ulp may not be."""
+    count = math.prod(shape)
+    words = bits(seed, stream, step, index, 2 * -(-count // 2))
+    radius = torch.sqrt(-2.0 * torch.log(((words[:, 0::2] >> 8).float() + 0.5) * 2.0**-24))
+    angle = (words[:, 1::2] >> 8).float() * (2.0 * math.pi * 2.0**-24)
+    pairs = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)
+    return pairs.flatten(1)[:, :count].reshape(len(index), *shape)

@@ -1,0 +1,113 @@
+"""The Fréchet distance against closed forms, SciPy's matrix square root, and its invariances."""
+
+import pytest
+import torch
+
+from dmd.metrics.frechet import Moments, frechet_distance, moments
+
+
+def gaussian(mean, cov):
+    return Moments(torch.as_tensor(mean).double(), torch.as_tensor(cov).double(), 1000)
+
+
+def random_features(seed, count, dim, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(dim, dim, generator=generator, dtype=torch.float64)
+    return scale * torch.randn(count, dim, generator=generator, dtype=torch.float64) @ mixing + mixing[0]
+
+
+def test_moments_are_numpy_s():
+    numpy = pytest.importorskip("numpy")
+    x = random_features(0, 50, 4)
+    found = moments(x)
+    assert found.count == 50
+    torch.testing.assert_close(found.mean, torch.from_numpy(x.numpy().mean(0)))
+    torch.testing.assert_close(found.cov, torch.from_numpy(numpy.cov(x.numpy().T)))
+
+
+def test_float32_features_far_from_zero_keep_their_variance():
+    x = (torch.tensor([[0.0], [1.0], [2.0]]) + 1e4).float()
+    assert moments(x).cov.item() == pytest.approx(1.0, rel=1e-12)
+
+
+def test_diagonal_gaussians_have_a_closed_form():
+    a, b = torch.tensor([4.0, 9.0, 0.25]), torch.tensor([1.0, 16.0, 0.0])
+    mean = torch.tensor([1.0, -2.0, 3.0])
+    expected = mean.square().sum() + (a.sqrt() - b.sqrt()).square().sum()
+    found = frechet_distance(gaussian(mean, a.diag()), gaussian(torch.zeros(3), b.diag()))
+    assert found == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_two_dimensional_gaussians_that_do_not_commute():
+    # tr (A B)^1/2 = sqrt(tr(A B) + 2 sqrt(det A det B)) for 2 x 2 matrices.
+    a = torch.tensor([[2.0, 0.5], [0.5, 1.0]], dtype=torch.float64)
+    b = torch.tensor([[1.0, -0.7], [-0.7, 3.0]], dtype=torch.float64)
+    root = ((a @ b).trace() + 2 * (a.det() * b.det()).sqrt()).sqrt()
+    expected = (a.trace() + b.trace() - 2 * root).item()
+    assert frechet_distance(gaussian([0, 0], a), gaussian([0, 0], b)) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("dim", [3, 64])
+def test_equals_scipy_s_matrix_square_root(dim):
+    linalg = pytest.importorskip("scipy.linalg")
+    a, b = moments(random_features(1, 500, dim)), moments(random_features(2, 700, dim, 0.5))
+    root = torch.from_numpy(linalg.sqrtm((a.cov @ b.cov).numpy()).real)
+    expected = (a.mean - b.mean).square().sum() + (a.cov + b.cov - 2 * root).trace()
+    assert frechet_distance(a, b) == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(("count", "scale"), [(500, 1.0), (40, 1.0), (40, 100.0)])
+def test_a_set_is_at_distance_zero_from_itself(count, scale):
+    # With 40 samples in 64 dimensions the covariance is singular.
+    found = moments(random_features(3, count, 64, scale))
+    assert 0.0 <= frechet_distance(found, found) < 1e-12 * found.cov.trace()
+
+
+def test_a_set_is_at_distance_zero_from_itself_in_absolute_terms():
+    found = moments(random_features(3, 500, 64))
+    assert frechet_distance(found, found) < 1e-6
+
+
+def test_singular_covariances_in_orthogonal_subspaces():
+    a, b = torch.diag(torch.tensor([5.0, 0.0])), torch.diag(torch.tensor([0.0, 7.0]))
+    assert frechet_distance(gaussian([0, 0], a), gaussian([0, 0], b)) == pytest.approx(12.0, rel=1e-12)
+
+
+def test_a_constant_set_counts_as_a_point():
+    point, cloud = moments(torch.ones(5, 3)), moments(random_features(4, 100, 3))
+    expected = (cloud.mean - 1).square().sum() + cloud.cov.trace()
+    assert frechet_distance(point, cloud) == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_symmetry_and_invariance_to_rotation_and_shift():
+    x, y = random_features(5, 200, 16), random_features(6, 300, 16)
+    rotation = torch.linalg.qr(random_features(7, 16, 16)).Q
+    distance = frechet_distance(moments(x), moments(y))
+    assert frechet_distance(moments(y), moments(x)) == pytest.approx(distance, rel=1e-10)
+    moved = frechet_distance(moments(x @ rotation + 3), moments(y @ rotation + 3))
+    assert moved == pytest.approx(distance, rel=1e-10)
+    assert frechet_distance(moments(5 * x), moments(5 * y)) == pytest.approx(25 * distance, rel=1e-10)
+
+
+def test_a_shift_adds_its_squared_length():
+    x = random_features(8, 200, 8)
+    assert frechet_distance(moments(x), moments(x + 2)) == pytest.approx(8 * 4, rel=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("features", "sentence"),
+    [
+        (torch.zeros(1, 3), r"shape \(1, 3\): \(N, D\) with at least 2 rows"),
+        (torch.zeros(5), r"shape \(5,\)"),
+        (torch.tensor([[1.0], [float("nan")], [2.0]]), "sample 1 are not finite"),
+        (torch.tensor([[1.0], [2.0], [float("inf")]]), "sample 2 are not finite"),
+    ],
+)
+def test_bad_features_are_named(features, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        moments(features)
+
+
+def test_features_of_two_networks_are_refused():
+    with pytest.raises(ValueError, match="3 and 4 dimensions"):
+        frechet_distance(gaussian([0] * 3, torch.eye(3)), gaussian([0] * 4, torch.eye(4)))
