@@ -159,6 +159,11 @@ def pair_spec(config: Config, teacher: NetworkDenoiser, found: pixel.PixelConfig
     )  # fmt: skip
 
 
+def pair_folder(config: Config, spec: pairs.PairSpec) -> Path:
+    """Where the pairs are, or will be."""
+    return Path(config.run.cache_dir) / "pairs" / short_hash(asdict(spec))
+
+
 def guided(config: Config, teacher: NetworkDenoiser, found: pixel.PixelConfig) -> Guided:
     """The real score: the teacher with the config's guidance."""
     return Guided(teacher, config.pairs.guidance, found.null())

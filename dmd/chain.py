@@ -1,7 +1,6 @@
 """The main job from end to end: teacher, pairs, distillation, comparison, report. Each link resumes by itself."""
 
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +67,7 @@ class Chain:
         if self.config.distill.objective == "matching":
             return None
         spec = build.pair_spec(self.config, teacher, architecture)
-        self.pair_folder = Path(self.config.run.cache_dir) / "pairs" / build.short_hash(asdict(spec))
-        return build.make_pairs(self.config, real, spec, self.place, self.pair_folder)
+        return build.make_pairs(self.config, real, spec, self.place, build.pair_folder(self.config, spec))
 
     def _judge(self, data: ImageSet, architecture: pixel.PixelConfig) -> evaluation.Judge:
         """The feature network is trained (or loaded) by the main process first, so that the others find it cached."""

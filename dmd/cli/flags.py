@@ -39,6 +39,10 @@ def parse(argv: Sequence[str], prog: str, description: str) -> Command:
     return replace(command, config=replace(command.config, preset=name))
 
 
+Work = Callable[[Config], None]
+"""What a command does with its config."""
+
+
 def show(config: Config) -> None:
     """Print a config as JSON."""
     print(json.dumps(to_json(config), indent=2))
@@ -50,6 +54,8 @@ def guarded(work: Callable[[], object]) -> None:
         work()
     except InputError as error:
         _fail(str(error))
+    except BrokenPipeError:
+        sys.exit(1)  # the reader of our output has gone, as in `... | head`
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise

@@ -193,11 +193,13 @@ def train_classifier(
         steps: of 128 images each; None is 800, or 5 epochs where that is more.
 
     Raises:
-        ValueError: the seed is out of range, or the images are too small.
+        ValueError: the seed or the steps are out of range, or the images are too small.
         InputError: the cached network is broken.
     """
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed {seed} is out of range: it must be at least 0 and below 2**32")
+    if steps is not None and steps < 1:
+        raise ValueError(f"steps {steps} are too few: at least 1 is needed")
     if min(train.shape[1:]) < 4:
         raise ValueError(f"images have shape {train.shape}: at least 4x4 pixels are needed")
     steps = max(MIN_STEPS, MIN_EPOCHS * len(train) // BATCH) if steps is None else steps

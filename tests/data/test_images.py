@@ -199,7 +199,7 @@ def test_missing_keys_are_named(tmp_path):
 def test_a_cut_npz_is_named(tmp_path, cut):
     path = write_npz(tmp_path / "a.npz")
     path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(InputError, match="a.npz is not a readable .npz file"):
+    with pytest.raises(InputError, match=r"a.npz is not a readable .npz file"):
         load(path, "train")
 
 
@@ -208,7 +208,7 @@ def test_a_damaged_npz_is_named(tmp_path):
     content = bytearray(path.read_bytes())
     content[700] ^= 255
     path.write_bytes(content)
-    with pytest.raises(InputError, match="a.npz is not a readable .npz file"):
+    with pytest.raises(InputError, match=r"a.npz is not a readable .npz file"):
         load(path, "train")
 
 
@@ -225,10 +225,10 @@ class Payload:
 def test_a_pickle_that_calls_itself_npz_is_not_loaded(tmp_path):
     path, mark = tmp_path / "a.npz", tmp_path / "mark"
     path.write_bytes(pickle.dumps(Payload(mark)))
-    with pytest.raises(InputError, match="not a readable .npz file"):
+    with pytest.raises(InputError, match=r"not a readable .npz file"):
         load(path, "train")
     np.savez(path, images=np.array([Payload(mark)], dtype=object), labels=np.zeros(1))
-    with pytest.raises(InputError, match="not a readable .npz file"):
+    with pytest.raises(InputError, match=r"not a readable .npz file"):
         load(path, "train")
     assert not mark.exists()
 
@@ -327,10 +327,10 @@ def test_a_decompression_bomb_is_not_decoded(tmp_path):
 
 def test_lossy_modes_are_refused(tmp_path):
     file = write_png(tmp_path / "x" / "a.png", pixels(8, 8).astype(np.uint16) * 257)
-    with pytest.raises(InputError, match="a.png is not a readable 8-bit image: its mode is I;16"):
+    with pytest.raises(InputError, match=r"a.png is not a readable 8-bit image: its mode is I;16"):
         load(tmp_path, "train")
     write_png(file, pixels(8, 8, 4))
-    with pytest.raises(InputError, match="a.png is not a readable 8-bit image: it is transparent"):
+    with pytest.raises(InputError, match=r"a.png is not a readable 8-bit image: it is transparent"):
         load(tmp_path, "train")
 
 
@@ -345,7 +345,7 @@ def test_an_empty_class_folder_is_named(tree):
 
 
 def test_missing_empty_and_unknown_places_are_named(tmp_path):
-    with pytest.raises(InputError, match="nowhere does not exist: give an .npz file or a folder"):
+    with pytest.raises(InputError, match=r"nowhere does not exist: give an .npz file or a folder"):
         load(tmp_path / "nowhere", "train")
     with pytest.raises(
         InputError, match=r"is empty: it must hold train.npz and test.npz, .*FashionMNIST/raw/"

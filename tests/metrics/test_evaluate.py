@@ -1,4 +1,4 @@
-"""`evaluate` against its own parts computed by hand, and its behaviour on images that are known to be good or bad."""
+"""`evaluate` against its parts computed by hand, and on images that are known to be good or bad."""
 
 import pytest
 import torch

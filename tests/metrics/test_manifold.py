@@ -1,4 +1,4 @@
-"""Precision, recall, density, coverage and diversity against loops over every pair, and against cases by hand."""
+"""Precision, recall, density, coverage and diversity against loops over every pair and cases by hand."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""CIFAR ResNets against an independent forward and published accuracies; the trained classifier's promises."""
+"""ResNets against an independent forward and published accuracies; the trained classifier's promises."""
 
 import json
 import os
@@ -177,8 +177,11 @@ def test_resnets_reach_their_published_accuracy(cifar_test, depth):
     found = sorted((Path(os.environ["DMD_TEST_DATA"]) / "resnet-cifar10").glob(f"resnet{depth}-*.th"))
     if not found:
         pytest.skip(f"DMD_TEST_DATA has no resnet{depth}-*.th")
-    # 1,000 of 10,000 images: two standard deviations of the sampling are 1.7 %.
-    assert accuracy(load_cifar_resnet(found[0]), cifar_test) == pytest.approx(PUBLISHED[depth], abs=0.017)
+    # On all 10,000 images ResNet-20 and -56 give 0.9173 and 0.9339 to the digit. These are the first 1,000, so
+    # three standard deviations of a sample of that size are allowed.
+    expected = PUBLISHED[depth]
+    tolerance = 3 * (expected * (1 - expected) / len(cifar_test)) ** 0.5
+    assert accuracy(load_cifar_resnet(found[0]), cifar_test) == pytest.approx(expected, abs=tolerance)
 
 
 # ----------------------------------------------------------------------------- the trained classifier
@@ -261,7 +264,7 @@ def test_a_broken_cache_is_named(split_digits, tmp_path):
     train_classifier(split_digits[0], None, 0, tmp_path, steps=2)
     (folder,) = tmp_path.iterdir()
     (folder / "model.safetensors").write_bytes(b"half")
-    with pytest.raises(InputError, match="model.safetensors"):
+    with pytest.raises(InputError, match=r"model.safetensors"):
         load_classifier(folder)
     (folder / "config.json").write_text('{"name": "x"}')
     with pytest.raises(InputError, match=r"config.json does not describe a trained classifier"):
@@ -276,7 +279,7 @@ def test_a_broken_cache_is_named(split_digits, tmp_path):
 def test_wrong_arguments_of_training_are_named(tmp_path, seed, size, sentence):
     images = ImageSet(torch.zeros(4, 1, size, size).byte(), torch.zeros(4).long(), ("a",))
     with pytest.raises(ValueError, match=sentence):
-        train_classifier(images, None, seed, tmp_path, steps=1)
+        train_classifier(images, None, seed, tmp_path, steps=steps)
     assert not list(tmp_path.iterdir())
 
 

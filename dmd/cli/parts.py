@@ -1,0 +1,80 @@
+"""`dmd teach`, `dmd pairs` and `dmd report`: the links of the chain that people also want alone."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from dmd.cli import flags
+from dmd.config import Config
+from dmd.errors import InputError
+
+
+def teach(argv: Sequence[str], prog: str) -> None:
+    """Train a teacher and say where it is."""
+
+    def work(config: Config) -> None:
+        from dmd import build
+
+        place = build.workplace(config)
+        data = build.image_set(config)
+        folder = build.teacher_folder(config, data)
+        if build.teach(config, data, place, folder) and place.main:
+            print(f"teacher: {folder}")
+
+    _with_config(argv, prog, "Train the many-step teacher on real images.", work)
+
+
+def pairs(argv: Sequence[str], prog: str) -> None:
+    """Make a teacher's noise-image pairs, or what is missing of them, and say where they are."""
+
+    def work(config: Config) -> None:
+        from dmd import build
+
+        place = build.workplace(config)
+        data = build.image_set(config)
+        teacher, architecture = build.load_teacher(config, data, place, build.teacher_folder(config, data))
+        spec = build.pair_spec(config, teacher, architecture)
+        folder = build.pair_folder(config, spec)
+        store = build.make_pairs(config, build.guided(config, teacher, architecture), spec, place, folder)
+        if place.main:
+            print(f"{len(store)} pairs: {folder}")
+
+    _with_config(argv, prog, "Make noise-image pairs with a teacher's deterministic sampler.", work)
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """Write report.html of a run directory again."""
+
+    run: Annotated[str, tyro.conf.Positional]
+    """The run directory."""
+
+
+def report(argv: Sequence[str], prog: str) -> None:
+    options = tyro.cli(ReportOptions, args=list(argv), prog=prog)
+
+    def work() -> None:
+        from dmd import report
+
+        folder = Path(options.run)
+        if not (folder / "config.json").exists():
+            raise InputError(f"{folder} is not a run directory: it has no config.json")
+        print(report.write(folder))
+
+    flags.guarded(work)
+
+
+def _with_config(argv: Sequence[str], prog: str, description: str, work: "flags.Work") -> None:
+    def guarded() -> None:
+        command = flags.parse(argv, prog, description)
+        if command.dry_run:
+            flags.show(command.config)
+        else:
+            work(command.config)
+
+    flags.guarded(guarded)
+
+
