@@ -1,4 +1,4 @@
-"""Images from a one-step student: `python sample.py [CLASS ...] --student runs/digits/student --seeds 0-7 --out out`."""
+"""One-step images: `python sample.py [CLASS ...] --student runs/digits/student --seeds 0-7 --out out`."""
 
 import sys
 

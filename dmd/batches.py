@@ -26,7 +26,7 @@ class Share:
     device: torch.device = torch.device("cpu")
 
     def split(self, total: int, what: str) -> list[Tensor]:
-        """Global indices within a batch of `total`, one tensor per micro-batch. Raises ValueError if it does not divide."""
+        """Global indices within a batch of `total`, one tensor a micro-batch. ValueError if it does not divide."""
         parts = self.world * self.accumulation
         if total % parts:
             raise ValueError(

@@ -34,7 +34,10 @@ from dmd.solvers import Solver, ddim, heun
 from dmd.teach import Teacher, lognormal_times
 from dmd.teachers import pixel
 
-SOLVERS: dict[str, tuple[Solver, Callable[[int], int]]] = {"heun": (heun, lambda n: 2 * n - 1), "ddim": (ddim, lambda n: n)}
+SOLVERS: dict[str, tuple[Solver, Callable[[int], int]]] = {
+    "heun": (heun, lambda n: 2 * n - 1),
+    "ddim": (ddim, lambda n: n),
+}
 """Solver and its network evaluations for n steps, by the option's value."""
 
 
@@ -79,7 +82,9 @@ def image_set(config: Config, split: str = "train") -> ImageSet:
             images.download(config.preset, o.data)
         found = images.load(o.data, split, channels=o.channels)  # type: ignore[arg-type]
     if max(found.shape[1:]) > o.size:
-        raise InputError(f"images of {o.data} are {found.shape[2]} x {found.shape[1]} pixels: --size {o.size} is too small")
+        raise InputError(
+            f"images of {o.data} are {found.shape[2]} x {found.shape[1]} pixels: --size {o.size} is too small"
+        )
     if found.shape[0] != o.channels:
         raise InputError(f"images of {o.data} have {found.shape[0]} channels, but --channels is {o.channels}")
     return ImageSet(images.pad_to(found.images, o.size), found.labels, found.classes)
@@ -88,7 +93,14 @@ def image_set(config: Config, split: str = "train") -> ImageSet:
 def pixel_config(config: Config, data: ImageSet) -> pixel.PixelConfig:
     t = config.teacher
     return pixel.PixelConfig(
-        data.classes, config.data.channels, config.data.size, t.width, t.multipliers, t.blocks, t.attention, t.sigma_data
+        data.classes,
+        config.data.channels,
+        config.data.size,
+        t.width,
+        t.multipliers,
+        t.blocks,
+        t.attention,
+        t.sigma_data,
     )
 
 
@@ -102,7 +114,7 @@ def teacher_folder(config: Config, data: ImageSet) -> Path:
 
 
 def teach(config: Config, data: ImageSet, place: Workplace, folder: Path) -> bool:
-    """Train a teacher into `folder`, resuming what is there. Returns whether it is complete (not stopped by a signal)."""
+    """Train a teacher into `folder`, resuming what is there. Returns whether it is complete (not stopped)."""
     t = config.teacher
     architecture = pixel_config(config, data)
     denoiser = pixel.build(architecture, config.run.seed, place.autocast).to(place.device)
@@ -125,26 +137,35 @@ def teach(config: Config, data: ImageSet, place: Workplace, folder: Path) -> boo
         folder,
         Teacher(denoiser, optimizer, ema, 1.0, clip_and_check),
         batches,
-        Cadence(t.teach_steps, config.run.log_every, max(t.teach_steps // 10, 1), keep=1, warmup=100, cooldown=t.teach_steps // 3),
+        Cadence(
+            t.teach_steps,
+            config.run.log_every,
+            max(t.teach_steps // 10, 1),
+            keep=1,
+            warmup=100,
+            cooldown=t.teach_steps // 3,
+        ),
         place.accelerator,
         title="teacher",
         sinks=lambda step: [log.JsonLines(folder / "metrics.jsonl", step)],
     )
     done = run.train().step >= t.teach_steps
     if done and place.main:
-        pixel.save(ema.shadow.unet, architecture, folder)
+        pixel.save(ema.shadow.get_submodule("unet"), architecture, folder)
     place.accelerator.wait_for_everyone()
     return done
 
 
-def load_teacher(config: Config, data: ImageSet, place: Workplace, folder: Path) -> tuple[NetworkDenoiser, pixel.PixelConfig]:
+def load_teacher(
+    config: Config, data: ImageSet, place: Workplace, folder: Path
+) -> tuple[NetworkDenoiser, pixel.PixelConfig]:
     """The teacher, frozen. Raises InputError if it is not for this data."""
     denoiser, found = pixel.load(folder, place.autocast)
     wanted = (config.data.channels, config.data.size, len(data.classes))
     if (found.channels, found.size, len(found.classes)) != wanted:
         raise InputError(
-            f"the teacher in {folder} makes {found.channels} x {found.size} x {found.size} images of {len(found.classes)} "
-            f"classes, but the data has {wanted[0]} x {wanted[1]} x {wanted[1]} of {wanted[2]}"
+            f"the teacher in {folder} makes {found.channels} x {found.size} x {found.size} images of "
+            f"{len(found.classes)} classes, but the data has {wanted[0]} x {wanted[1]} x {wanted[1]} of {wanted[2]}"
         )
     denoiser = denoiser.to(place.device).requires_grad_(False)
     denoiser.net.to(memory_format=torch.channels_last)
@@ -173,7 +194,9 @@ def many_step(config: Config, real: Guided) -> tuple[Generator, int]:
     """The teacher's sampler, and how many times a sample evaluates the network (guidance doubles each)."""
     solver, evaluations = SOLVERS[config.pairs.solver]
     per_step = 1 if real.scale == 1.0 else 2
-    return teacher_generator(real, solver, config.pairs.teacher_steps), per_step * evaluations(config.pairs.teacher_steps)
+    return teacher_generator(real, solver, config.pairs.teacher_steps), per_step * evaluations(
+        config.pairs.teacher_steps
+    )
 
 
 def make_pairs(config: Config, real: Guided, spec: pairs.PairSpec, place: Workplace, folder: Path) -> pairs.Pairs:
@@ -238,7 +261,7 @@ def ema_denoiser(task: Distiller) -> NetworkDenoiser:
 
 
 def feature_net(config: Config, data: ImageSet) -> FeatureNet:
-    """The network of the Fréchet distance: a given CIFAR ResNet, or a small classifier trained on the data and cached."""
+    """The Fréchet distance's network: a given CIFAR ResNet, or a small classifier trained on the data and cached."""
     from dmd.metrics import networks
 
     if config.evaluation.features is not None:
@@ -251,7 +274,9 @@ def reference_set(config: Config, data: ImageSet) -> ImageSet:
     return data if config.data.data == "digits" else image_set(config, "test")
 
 
-def distill_batches(config: Config, found: pixel.PixelConfig, store: pairs.Pairs | None, place: Workplace) -> DistillBatches:
+def distill_batches(
+    config: Config, found: pixel.PixelConfig, store: pairs.Pairs | None, place: Workplace
+) -> DistillBatches:
     d = config.distill
     return DistillBatches(
         config.run.seed,
@@ -304,8 +329,12 @@ def environment(place: Workplace) -> dict[str, Any]:
 def _commit() -> str | None:
     try:
         root = Path(__file__).parent
-        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, timeout=5)
-        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True, timeout=5)
+        head = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, timeout=5
+        )
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True, timeout=5
+        )
         return head.stdout.strip() + ("+changes" if changed.stdout.strip() else "") if head.returncode == 0 else None
     except (OSError, subprocess.TimeoutExpired):
         return None
@@ -321,5 +350,3 @@ def _adam(denoiser: NetworkDenoiser, lr: float, betas: tuple[float, float], weig
 def short_hash(facts: Any) -> str:
     """16 hex digits that name a cached thing by what determines it."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-
-

@@ -4,8 +4,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dmd import build, checkpoint, evaluation
 from dmd.build import Workplace
 from dmd.config import Config
@@ -112,7 +110,7 @@ class Chain:
             title="distil",
             evaluate=evaluate,
             best="eval/fd",
-            keep_best=lambda step: pixel.save(average.net.unet, architecture, self.folder / "student"),
+            keep_best=lambda step: pixel.save(average.net.get_submodule("unet"), architecture, self.folder / "student"),
             sinks=build.sinks(config, self.folder),
         )
         return run.train()
@@ -174,7 +172,10 @@ class Chain:
         }
 
     def _verdict(self, figures: dict[str, Any], judge: evaluation.Judge) -> str:
-        rows = [f"{'':8} {judge.net.name:>14} {'accuracy':>9} {'precision':>9} {'recall':>7} {'diversity':>9} {'images/s':>9}"]
+        rows = [
+            f"{'':8} {judge.net.name:>14} {'accuracy':>9} {'precision':>9} "
+            f"{'recall':>7} {'diversity':>9} {'images/s':>9}"
+        ]
         for who in ("teacher", "student"):
             f = figures[who]
             rows.append(

@@ -1,8 +1,9 @@
 """Atomic checkpoints: a folder is either complete and verified, or it does not count.
 
 A checkpoint is written to a hidden folder, every file is flushed to the disk, a manifest with sizes and SHA-256 sums
-goes last, and only then is the folder renamed to `step-NNNNNNNN`; older ones are removed afterwards. So a kill or a full
-disk at any moment leaves the previous checkpoint usable. Nothing is pickled: tensors are safetensors, the rest is JSON.
+goes last, and only then is the folder renamed to `step-NNNNNNNN`; older ones are removed afterwards. So a kill or a
+full disk at any moment leaves the previous checkpoint usable. Nothing is pickled: tensors are safetensors, the rest is
+JSON.
 """
 
 import hashlib
@@ -91,7 +92,9 @@ def verify(path: Path) -> bool:
         return False
 
 
-def load(path: Path, modules: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer]) -> tuple[int, dict[str, Any]]:
+def load(
+    path: Path, modules: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer]
+) -> tuple[int, dict[str, Any]]:
     """Restore what `save` stored; returns (step, extra).
 
     Raises:

@@ -1,4 +1,4 @@
-"""Everything a user can set, as frozen dataclasses; presets; JSON in and out. The flags of the commands are these fields."""
+"""Everything a user can set, as frozen dataclasses; presets; JSON in and out. The commands' flags are these fields."""
 
 import dataclasses
 import json
@@ -176,7 +176,8 @@ class Config:
 
 RESUMABLE = {
     "max_train_steps", "eval_every", "eval_samples", "final_samples", "checkpointing_steps", "checkpoints_total_limit",
-    "log_every", "report_to", "cache_dir", "cpu", "output_dir", "download", "lpips_weights", "features", "data", "teacher",
+    "log_every", "report_to", "cache_dir", "cpu", "output_dir", "download", "lpips_weights", "features", "data",
+    "teacher",
 }  # fmt: skip
 """Options that may differ when a run is resumed; files are compared by content instead."""
 
@@ -185,9 +186,11 @@ def check(config: Config) -> None:
     """Raises InputError for values out of range."""
     d, e, r = config.distill, config.evaluation, config.run
     positive = {
-        "--size": config.data.size, "--width": config.teacher.width, "--teach-batch-size": config.teacher.teach_batch_size,
+        "--size": config.data.size, "--width": config.teacher.width,
+        "--teach-batch-size": config.teacher.teach_batch_size,
         "--max-train-steps": d.max_train_steps, "--gradient-accumulation-steps": d.gradient_accumulation_steps,
-        "--critic-steps-per-generator-step": d.critic_steps_per_generator_step, "--teacher-steps": config.pairs.teacher_steps,
+        "--critic-steps-per-generator-step": d.critic_steps_per_generator_step,
+        "--teacher-steps": config.pairs.teacher_steps,
         "--pair-shard-size": config.pairs.pair_shard_size, "--checkpoints-total-limit": r.checkpoints_total_limit,
         "--learning-rate": d.learning_rate, "--max-grad-norm": d.max_grad_norm, "--log-every": r.log_every,
     }  # fmt: skip
@@ -205,9 +208,13 @@ def check(config: Config) -> None:
     if d.objective != "regression" and d.batch_size < 1:
         raise InputError(f"--batch-size is {d.batch_size}: distribution matching needs at least 1")
     if d.objective != "matching" and (d.pair_batch_size < 1 or config.pairs.pairs < 1):
-        raise InputError("the regression loss needs --pairs and --pair-batch-size of at least 1; or use --objective matching")
+        raise InputError(
+            "the regression loss needs --pairs and --pair-batch-size of at least 1; or use --objective matching"
+        )
     if e.final_samples < 16 or (e.eval_every and e.eval_samples < 16):
-        raise InputError("--eval-samples and --final-samples must be at least 16: a Fréchet distance of fewer means nothing")
+        raise InputError(
+            "--eval-samples and --final-samples must be at least 16: a Fréchet distance of fewer means nothing"
+        )
     if len(config.teacher.multipliers) != len(config.teacher.attention):
         raise InputError("--multipliers and --attention must be equally long: one entry for each resolution")
     if config.data.size % 2 ** (len(config.teacher.multipliers) - 1):

@@ -40,8 +40,8 @@ def sample(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     return torch.zeros_like(alpha), torch.ones_like(alpha)
 
 
-class karras:  # noqa: N801  (reads as a function beside the others; a class so that it pickles, compares and prints)
-    """EDM's preconditioning (arXiv 2206.00364, table 1) for any alpha: c_skip and c_out for data of std `sigma_data`."""
+class karras:
+    """EDM's preconditioning (arXiv 2206.00364, table 1), any alpha: c_skip and c_out for data of std `sigma_data`."""
 
     def __init__(self, sigma_data: float = 0.5):
         self.sigma_data = sigma_data
@@ -70,9 +70,7 @@ class NetworkDenoiser(Denoiser):
         autocast: run the network (not the conversion) in this dtype; None keeps the network's own.
     """
 
-    def __init__(
-        self, net: nn.Module, schedule: Schedule, prediction: Prediction, autocast: torch.dtype | None = None
-    ):
+    def __init__(self, net: nn.Module, schedule: Schedule, prediction: Prediction, autocast: torch.dtype | None = None):
         super().__init__()
         self.net = net
         self.schedule = schedule

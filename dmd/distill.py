@@ -1,7 +1,7 @@
 """One iteration of Distribution Matching Distillation (Yin et al., CVPR 2024, arXiv 2311.18828, Algorithm 1).
 
-Three denoisers of one type: the student, the frozen real score (guided) and the fake score that is trained online on the
-student's own samples. Knows tensors, two optimisers and a distance between images; no files, text or processes.
+Three denoisers of one type: the student, the frozen real score (guided) and the fake score that is trained online on
+the student's own samples. Knows tensors, two optimisers and a distance between images; no files, text or processes.
 
 All networks run in `eval` mode: dropout is off everywhere, as in the paper, and the networks here have no other state
 that training mode would change.
@@ -23,7 +23,7 @@ Distance = Callable[[Tensor, Tensor], Tensor]
 """(x0 (B, ...), target (B, ...)) to per-sample distances (B,), differentiable in the first."""
 
 Update = Callable[[Sequence[nn.Parameter], float, Mapping[str, Tensor]], Tensor]
-"""(parameters, max_norm, losses) to the gradient norm; clips, and raises before a bad update (`dmd.run.clip_and_check`)."""
+"""(parameters, max_norm, losses) to the gradient norm; clips, and raises before a bad update (`run.clip_and_check`)."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class CriticBatch:
 
 @dataclass(frozen=True)
 class Iteration:
-    """Micro-batches of the generator update and of the critic update on its samples, then those of further critic updates."""
+    """Micro-batches of the generator update and the critic update on its samples; those of further critic updates."""
 
     batches: Sequence[Batch]
     critic: Sequence[Sequence[CriticBatch]] = ()
@@ -66,7 +66,7 @@ class Iteration:
 
 @dataclass(frozen=True)
 class Samples:
-    """What the fake score is trained on: detached samples x, their condition, and times and noise to diffuse them with."""
+    """What the fake score is trained on: detached samples x, their condition, times and noise to diffuse with."""
 
     x: Tensor
     cond: Cond
@@ -153,7 +153,8 @@ class Distiller:
             x_all = one_step(self.student, torch.cat((batch.z, batch.z_ref)), batch.cond)
             x, x_ref = x_all[: len(batch.t)], x_all[len(batch.z) :]
             cond = {k: v[: len(x)] for k, v in batch.cond.items()}
-            loss, scalars = x_all.new_zeros(()), {}
+            loss = x_all.new_zeros(())
+            scalars: dict[str, Tensor] = {}
             if len(x):
                 gradient, scalars = self._match(x.detach(), batch, cond)
                 loss = surrogate(x, gradient)

@@ -1,7 +1,7 @@
 """Judging a student while it trains and at the end: figures against the data, and pictures beside the teacher's."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +47,14 @@ class Judge:
         with progress(count, 0, title, self.show, "img") as bar:
             started = time.perf_counter()
             x = images(
-                generator, seeds, self.conditions, self.labels(count), self.shape, self.device, self.batch_size, bar.update
+                generator,
+                seeds,
+                self.conditions,
+                self.labels(count),
+                self.shape,
+                self.device,
+                self.batch_size,
+                bar.update,
             )
             return x, count / (time.perf_counter() - started)
 
@@ -59,7 +66,7 @@ class Judge:
         return evaluate(x, self.labels(len(x)), self.net, self.reference)
 
     def in_loop(self, generator: Generator, count: int) -> dict[str, float]:
-        """Figures of `count` samples, as "eval/...". """
+        """Figures of `count` samples, as "eval/..."."""
         x, _ = self.samples(generator, count, IN_LOOP_SEED, "evaluate")
         return {f"eval/{k}": v for k, v in self.figures(x).items()}
 
@@ -67,10 +74,10 @@ class Judge:
 def inspect(
     student: Denoiser, real: Denoiser, fake: Denoiser, z: Tensor, y_ref: Tensor, cond: Cond, t: float, noise: Tensor
 ) -> list[Tensor]:
-    """What the method sees, for a picture: student's x from paired noise, x_t, x0_real, x0_fake, and the teacher's y_ref.
+    """What the method sees, for a picture: student's x from paired noise, x0_real, x0_fake, and the teacher's y_ref.
 
-    Shapes (B, ...) each. The losses alone do not show convergence; these rows do: x0_real and x0_fake should look alike,
-    x like y_ref in kind.
+    Shapes (B, ...) each. The losses alone do not show convergence; these rows do: x0_real and x0_fake should look
+    alike, x like y_ref in kind.
     """
     from dmd.solvers import one_step
 
@@ -106,7 +113,7 @@ def _pad(x: Tensor) -> Tensor:
 
 def compare(
     judge: Judge, student: Generator, teacher: Generator, count: int, evaluations: int
-) -> tuple[dict[str, Mapping[str, float]], Tensor, Tensor]:
+) -> tuple[dict[str, dict[str, float]], Tensor, Tensor]:
     """Final figures of student and teacher on the same noise and classes, and the samples of both.
 
     Args:

@@ -18,7 +18,7 @@ class Sink(Protocol):
 
 
 class JsonLines:
-    """One JSON object a line. On resume, lines at or after the resumed step are dropped, so that no step is there twice."""
+    """One JSON object a line. On resume, lines after the resumed step are dropped, so that no step is there twice."""
 
     def __init__(self, path: Path, resume_step: int):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -26,7 +26,7 @@ class JsonLines:
         temporary = path.with_name(f".tmp-{path.name}")
         temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
         temporary.replace(path)
-        self._file = open(path, "a", encoding="utf-8")
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         self._file.write(json.dumps({"step": step, **scalars}) + "\n")
@@ -60,7 +60,7 @@ class Wandb:
 
         self._run = wandb.init(
             project="dmd", dir=str(folder), id=folder.name, resume="allow", config=dict(config),
-            mode=os.environ.get("WANDB_MODE", "offline"),  # type: ignore[arg-type]
+            mode=os.environ.get("WANDB_MODE", "offline"),
         )  # fmt: skip
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:

@@ -20,8 +20,9 @@ def matching_gradient(x: Tensor, x0_real: Tensor, x0_fake: Tensor) -> Tensor:
     """Gradient of the matching loss with respect to the student's sample x (DMD eq. 7 and 8; Algorithm 2).
 
     grad = (x0_fake - x0_real) / mean|x - x0_real|, the mean over each sample. In terms of scores this is
-    w_t (s_fake - s_real) with w_t = sigma^2 / alpha / mean|x - x0_real|; like the authors' Algorithm 2 it leaves out the
-    factor alpha_t that eq. 7 has on paper. Another member of the family (SiD, f-distill, ...) is another such function.
+    w_t (s_fake - s_real) with w_t = sigma^2 / alpha / mean|x - x0_real|; like the authors' Algorithm 2 it leaves out
+    the factor alpha_t that eq. 7 has on paper. Another member of the family (SiD, f-distill, ...) is another such
+    function.
 
     Args:
         x: student samples (B, ...).
@@ -31,7 +32,7 @@ def matching_gradient(x: Tensor, x0_real: Tensor, x0_fake: Tensor) -> Tensor:
 
 
 def surrogate(x: Tensor, gradient: Tensor) -> Tensor:
-    """A scalar whose gradient with respect to x is `gradient / x.numel()` (Algorithm 2): 0.5 mse(x, sg(x - gradient))."""
+    """A scalar whose gradient in x is `gradient / x.numel()` (Algorithm 2): mse(x, sg(x - gradient)) / 2."""
     return 0.5 * F.mse_loss(x, (x - gradient).detach())
 
 

@@ -65,7 +65,7 @@ class DDPM(Schedule):
         return alpha_bar.sqrt().float(), (1.0 - alpha_bar).sqrt().float()
 
     def times(self, steps: int) -> Tensor:
-        """"Trailing" spacing (Lin et al. 2023): it starts at the last table entry, where the student runs too."""
+        """ "Trailing" spacing (Lin et al. 2023): it starts at the last table entry, where the student runs too."""
         index = torch.round(self.steps * super().times(steps)) - 1
         return index / (self.steps - 1)
 

@@ -1,8 +1,8 @@
 """Noise-image pairs for the regression loss: a resumable, sharded, checksummed store.
 
-A pair is (z, y): unit noise and what the teacher's deterministic sampler makes of it (DMD section 3.3). The noise is not
-stored, since it follows from the seed and the pair's index. Each shard is a safetensors file with a sidecar that holds
-its size and SHA-256; a shard without a valid sidecar does not count and is made again, alone.
+A pair is (z, y): unit noise and what the teacher's deterministic sampler makes of it (DMD section 3.3). The noise is
+not stored, since it follows from the seed and the pair's index. Each shard is a safetensors file with a sidecar that
+holds its size and SHA-256; a shard without a valid sidecar does not count and is made again, alone.
 
     pairs/manifest.json            what the pairs are: teacher, sampler, steps, guidance, seed, shapes, shard table
     pairs/00000.safetensors        condition (N,) int64, image (N, C, H, W) float16
@@ -116,7 +116,9 @@ class Pairs:
     def __init__(self, folder: Path, spec: PairSpec):
         absent = missing(folder, spec)
         if absent:
-            raise InputError(f"{folder} lacks {len(absent)} of {spec.shards} pair shards, first {absent[0]:05d}: make them")
+            raise InputError(
+                f"{folder} lacks {len(absent)} of {spec.shards} pair shards, first {absent[0]:05d}: make them"
+            )
         self.spec = spec
         self._shards = [load_file(folder / f"{i:05d}.safetensors") for i in range(spec.shards)]
 
@@ -152,7 +154,9 @@ def _require_same(manifest: Path, spec: PairSpec) -> None:
     try:
         found = json.loads(manifest.read_text())["spec"]
     except (ValueError, KeyError):
-        raise InputError(f"{manifest} is damaged: remove the folder {manifest.parent}, its pairs will be made again") from None
+        raise InputError(
+            f"{manifest} is damaged: remove the folder {manifest.parent}, its pairs will be made again"
+        ) from None
     wanted = _plain(spec)
     for name, value in wanted.items():
         if found.get(name) != value:

@@ -30,7 +30,7 @@ class Task(Protocol):
         """Optimisers to checkpoint and to warm up, by name. Each group has its full rate under "initial_lr"."""
 
     def step(self, step: int, batch: Any) -> Mapping[str, Tensor]:
-        """One update; returns detached scalars without waiting for the device. Raises `NotFinite` before a bad update."""
+        """One update; returns detached scalars without waiting for the device. Raises NotFinite before a bad update."""
 
 
 class NotFinite(ArithmeticError):
@@ -243,7 +243,7 @@ class _signals:
 
     def _handle(self, number: int, frame: Any) -> None:
         self._request_stop()
-        signal.signal(number, self._old[number])
+        signal.signal(number, self._old[signal.Signals(number)])
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._old.items():

@@ -1,4 +1,4 @@
-"""Shared fixtures. Everything runs offline, on the CPU and on one thread, so that figures do not depend on the machine."""
+"""Shared fixtures. All runs offline, on the CPU and on one thread, so that figures do not depend on the machine."""
 
 import os
 

@@ -4,7 +4,18 @@ import pytest
 import torch
 from torch import nn
 
-from dmd.denoiser import Denoiser, Guided, NetworkDenoiser, epsilon, flow, karras, predicted_noise, sample, score, velocity
+from dmd.denoiser import (
+    Denoiser,
+    Guided,
+    NetworkDenoiser,
+    epsilon,
+    flow,
+    karras,
+    predicted_noise,
+    sample,
+    score,
+    velocity,
+)
 from dmd.noise import DDPM, Karras, Linear
 
 SIGMA_DATA = 0.7
@@ -152,7 +163,9 @@ def test_null_condition_is_repeated_for_every_row():
 def test_predicted_noise_undoes_diffusion(schedule, rng):
     x0, noise = torch.randn(2, 16, 3, generator=rng, dtype=torch.float64)
     t = torch.linspace(0.05, 1.0, 16)
-    torch.testing.assert_close(predicted_noise(schedule.diffuse(x0, noise, t), x0, t, schedule), noise, rtol=0, atol=1e-9)
+    torch.testing.assert_close(
+        predicted_noise(schedule.diffuse(x0, noise, t), x0, t, schedule), noise, rtol=0, atol=1e-9
+    )
 
 
 def test_score_of_a_known_sample_is_minus_noise_over_sigma(schedule, rng):
@@ -202,7 +215,9 @@ class TestDiffusers:
         got = NetworkDenoiser(Given(theirs), DDPM(), velocity)(x_t, index / 999, {})
         torch.testing.assert_close(got, x0, rtol=0, atol=5e-6)
 
-    @pytest.mark.parametrize(("kind", "prediction"), [("epsilon", epsilon), ("v_prediction", velocity), ("sample", sample)])
+    @pytest.mark.parametrize(
+        ("kind", "prediction"), [("epsilon", epsilon), ("v_prediction", velocity), ("sample", sample)]
+    )
     def test_one_step_from_pure_noise(self, scheduler, kind, prediction, rng):
         z, out = torch.randn(2, 3, 4, 8, 8, generator=rng)
         stock = scheduler(kind)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dmd.noise import DDPM, Karras, Linear, expand
 
-SD = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+SD = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
 def test_ddpm_table_is_the_product_of_the_betas():

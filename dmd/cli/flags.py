@@ -54,6 +54,9 @@ def guarded(work: Callable[[], object]) -> None:
         work()
     except InputError as error:
         _fail(str(error))
+    except ArithmeticError as error:  # dmd.run.NotFinite, without importing torch for `--help`
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
     except BrokenPipeError:
         sys.exit(1)  # the reader of our output has gone, as in `... | head`
     except OSError as error:

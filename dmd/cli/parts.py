@@ -76,5 +76,3 @@ def _with_config(argv: Sequence[str], prog: str, description: str, work: "flags.
             work(command.config)
 
     flags.guarded(guarded)
-
-

@@ -97,7 +97,7 @@ def sample(options: SampleOptions) -> None:
 
 
 def class_numbers(names: Sequence[str], classes: Sequence[str]) -> list[int]:
-    """Numbers of the named classes, all if none is named. Raises InputError for a name that the network does not know."""
+    """Numbers of the named classes, all if none is named. Raises InputError for an unknown name."""
     unknown = [n for n in names if n not in classes]
     if unknown:
         raise InputError(f"there is no class {unknown[0]!r}: this network knows {', '.join(classes)}")

@@ -80,18 +80,14 @@ class ImageSet:
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
         if images.dtype != torch.uint8 or images.ndim != 4 or images.numel() == 0:
-            raise ValueError(
-                f"images must be uint8 (N > 0, C, H, W), not {images.dtype} {tuple(images.shape)}"
-            )
+            raise ValueError(f"images must be uint8 (N > 0, C, H, W), not {images.dtype} {tuple(images.shape)}")
         if labels.dtype != torch.int64 or labels.ndim != 1:
             raise ValueError(f"labels must be int64 (N,), not {labels.dtype} {tuple(labels.shape)}")
         if len(labels) != len(images):
             raise ValueError(f"there are {len(images)} images but {len(labels)} labels: each image needs one")
         wrong = labels[(labels < 0) | (labels >= len(self.classes))]
         if len(wrong):
-            raise ValueError(
-                f"label {int(wrong[0])} is not in 0 to {len(self.classes) - 1}, the classes' range"
-            )
+            raise ValueError(f"label {int(wrong[0])} is not in 0 to {len(self.classes) - 1}, the classes' range")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -226,9 +222,7 @@ def _check(raw: _Raw, size: int | None) -> None:
 
 def _size_sentence(what: str, found: Sequence[int], wanted: Sequence[int]) -> str:
     height, width = wanted
-    return (
-        f"{what} {found[0]}x{found[1]} pixels instead of {height}x{width}: resize first, it is not done here"
-    )
+    return f"{what} {found[0]}x{found[1]} pixels instead of {height}x{width}: resize first, it is not done here"
 
 
 def _with_channels(images: Tensor, channels: int | None) -> Tensor:

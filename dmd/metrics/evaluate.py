@@ -16,9 +16,7 @@ MANIFOLD_SAMPLES = 5000
 
 
 @torch.no_grad()
-def features_of(
-    images: Tensor | Iterable[Tensor], net: FeatureNet, batch: int = 256
-) -> tuple[Tensor, Tensor]:
+def features_of(images: Tensor | Iterable[Tensor], net: FeatureNet, batch: int = 256) -> tuple[Tensor, Tensor]:
     """Features (N, D) and logits (N, K) of float images in [-1, 1]; float32, on the CPU.
 
     Args:
@@ -31,9 +29,7 @@ def features_of(
     """
     device = net.mean.device
     batches = images.split(batch) if isinstance(images, Tensor) else images
-    results = [
-        net(x.to(device)) for x in tqdm(batches, desc=net.name, unit="batch", delay=2, leave=False) if len(x)
-    ]
+    results = [net(x.to(device)) for x in tqdm(batches, desc=net.name, unit="batch", delay=2, leave=False) if len(x)]
     if not results:
         raise ValueError(f"there are no images to take {net.name} features of: at least one is needed")
     features, logits = zip(*results, strict=True)
@@ -130,9 +126,7 @@ def _by_label(features: Tensor, logits: Tensor, labels: Tensor | None) -> dict[s
 
 def _check(images: Tensor, labels: Tensor | None, net: FeatureNet, reference: Reference) -> None:
     if reference.net_name != net.name:
-        raise ValueError(
-            f"the reference is of {reference.net_name}, not of {net.name}: measure it with this network"
-        )
+        raise ValueError(f"the reference is of {reference.net_name}, not of {net.name}: measure it with this network")
     if not images.is_floating_point() or images.ndim != 4:
         raise ValueError(f"images must be float (N, C, H, W), not {images.dtype} {tuple(images.shape)}")
     if min(len(images), reference.count) < 4:
@@ -141,6 +135,4 @@ def _check(images: Tensor, labels: Tensor | None, net: FeatureNet, reference: Re
         raise ValueError(f"there are {len(images)} images but {len(labels)} labels: each image needs one")
     broken = ~images.flatten(1).isfinite().all(1)
     if broken.any():
-        raise ValueError(
-            f"image {int(broken.nonzero()[0])} is not finite: pixels must be free of NaN and infinity"
-        )
+        raise ValueError(f"image {int(broken.nonzero()[0])} is not finite: pixels must be free of NaN and infinity")

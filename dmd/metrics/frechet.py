@@ -27,9 +27,7 @@ def moments(features: Tensor) -> Moments:
         ValueError: not two-dimensional, N < 2, or a number is NaN or infinite.
     """
     if features.ndim != 2 or len(features) < 2:
-        raise ValueError(
-            f"features have shape {tuple(features.shape)}: (N, D) with at least 2 rows is needed"
-        )
+        raise ValueError(f"features have shape {tuple(features.shape)}: (N, D) with at least 2 rows is needed")
     finite = features.isfinite().all(1)
     if not finite.all():
         row = int((~finite).nonzero()[0])

@@ -37,13 +37,9 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> Manifold:
         ValueError: dimensions differ, or a set has not more than k samples.
     """
     if real.ndim != 2 or fake.ndim != 2 or real.shape[1] != fake.shape[1]:
-        raise ValueError(
-            f"features have shapes {tuple(real.shape)} and {tuple(fake.shape)}: (N, D) and (M, D) needed"
-        )
+        raise ValueError(f"features have shapes {tuple(real.shape)} and {tuple(fake.shape)}: (N, D) and (M, D) needed")
     if not 1 <= k < min(len(real), len(fake)):
-        raise ValueError(
-            f"k is {k} with {len(real)} real and {len(fake)} fake samples: both need more than k >= 1"
-        )
+        raise ValueError(f"k is {k} with {len(real)} real and {len(fake)} fake samples: both need more than k >= 1")
     real, fake = real.double(), fake.double()
     real_radius, fake_radius = _radii(real, k), _radii(fake, k)
     hits = torch.zeros(len(fake), device=fake.device)
@@ -65,9 +61,7 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> Manifold:
 def _radii(points: Tensor, k: int) -> Tensor:
     """Distance (N,) of each point to its k-th nearest other point."""
     # The nearest of all is the point itself, so k + 1 are looked at.
-    return torch.cat(
-        [torch.cdist(rows, points).kthvalue(k + 1, dim=1).values for rows in points.split(CHUNK)]
-    )
+    return torch.cat([torch.cdist(rows, points).kthvalue(k + 1, dim=1).values for rows in points.split(CHUNK)])
 
 
 def diversity(features: Tensor, groups: Tensor) -> float:
@@ -84,9 +78,7 @@ def diversity(features: Tensor, groups: Tensor) -> float:
         ValueError: counts differ, or no two samples share a group.
     """
     if len(features) != len(groups):
-        raise ValueError(
-            f"there are {len(features)} feature vectors but {len(groups)} groups: each needs one"
-        )
+        raise ValueError(f"there are {len(features)} feature vectors but {len(groups)} groups: each needs one")
     unit = F.normalize(features.double(), dim=1)
     members, index, counts = groups.unique(return_inverse=True, return_counts=True)
     pairs = (counts * (counts - 1)).sum() / 2

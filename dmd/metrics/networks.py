@@ -109,9 +109,7 @@ class CifarResNet(nn.Module):
 
 
 def _stage(width_in: int, width: int, stride: int, blocks: int) -> nn.Sequential:
-    return nn.Sequential(
-        _Block(width_in, width, stride), *(_Block(width, width, 1) for _ in range(1, blocks))
-    )
+    return nn.Sequential(_Block(width_in, width, stride), *(_Block(width, width, 1) for _ in range(1, blocks)))
 
 
 def load_cifar_resnet(path: str | Path) -> FeatureNet:
@@ -159,9 +157,7 @@ class SmallConvNet(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         widths = (channels, 32, 64, 64)
-        self.convs = nn.ModuleList(
-            nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in itertools.pairwise(widths)
-        )
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in itertools.pairwise(widths))
         self.norms = nn.ModuleList(nn.BatchNorm2d(b) for b in widths[1:])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -226,9 +222,7 @@ def load_classifier(folder: str | Path) -> FeatureNet:
         name, shape, classes = config["name"], tuple(config["shape"]), config["classes"]
         trunk, head = _untrained(shape[0], classes, seed=0)
     except (OSError, ValueError, KeyError, TypeError, IndexError, RuntimeError) as error:
-        raise InputError(
-            f"{folder / CONFIG} does not describe a trained classifier: train it again"
-        ) from error
+        raise InputError(f"{folder / CONFIG} does not describe a trained classifier: train it again") from error
     net = FeatureNet(name, shape, trunk, head)
     load_weights(net, folder / WEIGHTS)
     return net

@@ -35,7 +35,8 @@ def lpips_distance(
         net = lpips.LPIPS(net=backbone, pnet_rand=weights is not None, verbose=False)
     except OSError as error:
         raise InputError(
-            f"the pretrained weights of LPIPS-{backbone} could not be downloaded ({error}): give a file by --lpips-weights"
+            f"the pretrained weights of LPIPS-{backbone} could not be downloaded ({error}): "
+            "give a file by --lpips-weights"
         ) from None
     if weights is not None:
         _load_trunk(net.net, _read(weights), weights)
@@ -56,13 +57,9 @@ def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise InputError(f"--lpips-weights {path} does not exist: give the backbone's state dict")
     try:
-        return (
-            load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-        )
+        return load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # each format raises its own types
-        raise InputError(
-            f"--lpips-weights {path} is not a readable state dict ({type(error).__name__})"
-        ) from None
+        raise InputError(f"--lpips-weights {path} is not a readable state dict ({type(error).__name__})") from None
 
 
 def _load_trunk(trunk: Any, tensors: dict[str, Tensor], path: Path) -> None:

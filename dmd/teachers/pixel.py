@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,7 +80,7 @@ def load(folder: Path, autocast: torch.dtype | None = None) -> tuple[NetworkDeno
     """
     config = read_config(folder)
     denoiser = build(config, autocast=autocast)
-    checkpoint.load_weights(denoiser.net.unet, folder / "model.safetensors")
+    checkpoint.load_weights(denoiser.net.get_submodule("unet"), folder / "model.safetensors")
     return denoiser.eval(), config
 
 
@@ -90,7 +91,9 @@ def read_config(folder: Path) -> PixelConfig:
         raw = json.loads(path.read_text())
         kind = raw.pop("kind", None)
     except OSError:
-        raise InputError(f"{path} does not exist: give the folder of a teacher or student (config.json, model.safetensors)") from None
+        raise InputError(
+            f"{path} does not exist: give the folder of a teacher or student (config.json, model.safetensors)"
+        ) from None
     except (ValueError, AttributeError):
         raise InputError(f"{path} is not a JSON object: it should describe a pixel denoiser") from None
     if kind != "pixel":
@@ -99,7 +102,8 @@ def read_config(folder: Path) -> PixelConfig:
     unknown = sorted(raw.keys() - known)
     if unknown:
         raise InputError(f"{path} has the unknown key {unknown[0]!r}: known are {', '.join(sorted(known))}")
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
     try:
-        return PixelConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
+        return PixelConfig(**values)
     except TypeError as error:
         raise InputError(f"{path} is incomplete: {error}") from None

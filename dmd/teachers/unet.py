@@ -55,6 +55,14 @@ class Stage(nn.Module):
         self.blocks = nn.ModuleList(Block(i, o, channels_emb) for i, o in sizes)
         self.attentions = nn.ModuleList(Attention(o) if attention else nn.Identity() for _, o in sizes)
 
+    def forward(self, x: Tensor, emb: Tensor, skips: list[Tensor] | None = None) -> list[Tensor]:
+        """The output of every block; on the way up each block takes the last of `skips` off the list as well."""
+        outputs = []
+        for block, attention in zip(self.blocks, self.attentions, strict=True):
+            x = attention(block(x if skips is None else torch.cat((x, skips.pop()), dim=1), emb))
+            outputs.append(x)
+        return outputs
+
 
 class UNet(nn.Module):
     """F(x, clock, label): images (B, C, H, W), clock (B,), label (B,) int64 in [0, classes]; `classes` means "none".
@@ -67,6 +75,8 @@ class UNet(nn.Module):
         blocks: blocks per resolution on the way down, and on the way up (there one more at the first resolution).
         attention: whether each resolution has attention.
     """
+
+    frequencies: Tensor
 
     def __init__(
         self,
@@ -113,14 +123,12 @@ class UNet(nn.Module):
         skips = [x]
         for i, stage in enumerate(self.down):
             x = F.avg_pool2d(x, 2) if i > 0 else x
-            for block, attention in zip(stage.blocks, stage.attentions, strict=True):
-                x = attention(block(x, emb))
-                skips.append(x)
-        x = self.middle.attentions[0](self.middle.blocks[0](x, emb))
+            skips += stage(x, emb)
+            x = skips[-1]
+        x = self.middle(x, emb)[-1]
         for i, stage in enumerate(self.up):
             x = F.interpolate(x, scale_factor=2, mode="nearest") if i > 0 else x
-            for block, attention in zip(stage.blocks, stage.attentions, strict=True):
-                x = attention(block(torch.cat((x, skips.pop()), dim=1), emb))
+            x = stage(x, emb, skips)[-1]
         return self.conv_out(F.silu(self.norm_out(x)))
 
 

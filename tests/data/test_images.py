@@ -74,9 +74,7 @@ def test_pixels_and_select_follow_the_index():
 
 def test_digest_depends_on_content_alone():
     images = a_set()
-    copy = ImageSet(
-        images.images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2), images.labels, ("a", "b")
-    )
+    copy = ImageSet(images.images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2), images.labels, ("a", "b"))
     assert copy.digest() == images.digest()
     pixel = images.images.clone()
     pixel[2, 1, 0, 0] ^= 1
@@ -347,9 +345,7 @@ def test_an_empty_class_folder_is_named(tree):
 def test_missing_empty_and_unknown_places_are_named(tmp_path):
     with pytest.raises(InputError, match=r"nowhere does not exist: give an .npz file or a folder"):
         load(tmp_path / "nowhere", "train")
-    with pytest.raises(
-        InputError, match=r"is empty: it must hold train.npz and test.npz, .*FashionMNIST/raw/"
-    ):
+    with pytest.raises(InputError, match=r"is empty: it must hold train.npz and test.npz, .*FashionMNIST/raw/"):
         load(tmp_path, "train")
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "a.txt").write_text("x")
@@ -381,9 +377,7 @@ def test_wrong_arguments_are_named(tmp_path):
         load(path, "val")
     with pytest.raises(InputError, match="channels 4 is not possible: it must be 1 or 3"):
         load(path, "train", channels=4)
-    with pytest.raises(
-        InputError, match="data set 'mnist' cannot be downloaded: choose from cifar10, fashion"
-    ):
+    with pytest.raises(InputError, match="data set 'mnist' cannot be downloaded: choose from cifar10, fashion"):
         download("mnist", tmp_path)
 
 
@@ -399,8 +393,7 @@ def write_cifar(root, monkeypatch, payload=None):
     images, sums = pixels(12, 3, 32, 32), {}
     names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
     contents = {
-        name: {"data": images[2 * i : 2 * i + 2].reshape(2, -1), "labels": [i, 9 - i]}
-        for i, name in enumerate(names)
+        name: {"data": images[2 * i : 2 * i + 2].reshape(2, -1), "labels": [i, 9 - i]} for i, name in enumerate(names)
     }
     contents["batches.meta"] = {"label_names": list("abcdefghij")}
     for name, content in contents.items():
@@ -483,9 +476,7 @@ def test_real_cifar10(unpacked):
     images = load(unpacked("cifar10"), "test", 32, 3)
     assert images.classes[:3] == ("airplane", "automobile", "bird")
     published = torch.tensor([0.4914, 0.4822, 0.4465])  # the data set's channel means in [0, 1]
-    torch.testing.assert_close(
-        images.images.double().mean((0, 2, 3)) / 255, published.double(), atol=0.02, rtol=0
-    )
+    torch.testing.assert_close(images.images.double().mean((0, 2, 3)) / 255, published.double(), atol=0.02, rtol=0)
 
 
 def test_the_real_emoji_have_captions_not_classes(unpacked):

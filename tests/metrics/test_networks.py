@@ -30,9 +30,7 @@ def random_weights(depth, seed=0):
     state = {}
 
     def conv(name, width_in, width):
-        state[f"{name}.weight"] = torch.randn(width, width_in, 3, 3, generator=generator) / (
-            3 * width_in**0.5
-        )
+        state[f"{name}.weight"] = torch.randn(width, width_in, 3, 3, generator=generator) / (3 * width_in**0.5)
 
     def norm(name, width):
         for part in ("weight", "bias", "running_mean", "running_var"):
@@ -97,9 +95,7 @@ def test_resnet_equals_an_independent_forward(tmp_path):
     images = 2 * torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1)) - 1
     net = load_cifar_resnet(save(state, tmp_path / "a.th"))
     for found, expected in zip(net(images), plain_forward(state, images, 20), strict=True):
-        torch.testing.assert_close(
-            found.double(), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item()
-        )
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
 def test_a_feature_net_stays_in_evaluation_mode(tmp_path):
@@ -273,13 +269,11 @@ def test_a_broken_cache_is_named(split_digits, tmp_path):
         load_classifier(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize(
-    ("seed", "size", "sentence"), [(-1, 8, "seed -1"), (2**32, 8, "seed"), (0, 3, "4x4")]
-)
+@pytest.mark.parametrize(("seed", "size", "sentence"), [(-1, 8, "seed -1"), (2**32, 8, "seed"), (0, 3, "4x4")])
 def test_wrong_arguments_of_training_are_named(tmp_path, seed, size, sentence):
     images = ImageSet(torch.zeros(4, 1, size, size).byte(), torch.zeros(4).long(), ("a",))
     with pytest.raises(ValueError, match=sentence):
-        train_classifier(images, None, seed, tmp_path, steps=steps)
+        train_classifier(images, None, seed, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
