@@ -169,21 +169,19 @@ def test_predicted_noise_undoes_diffusion(schedule, rng):
 
 
 def test_score_of_a_known_sample_is_minus_noise_over_sigma(schedule, rng):
-    """grad log N(x_t; alpha x0, sigma^2) by autograd."""
+    """grad log N(x_t; alpha x0, sigma^2) by autograd; sigma is emitted in float32, so its square is rounded once."""
     x0, noise = torch.randn(2, 16, 3, generator=rng, dtype=torch.float64)
     t = torch.linspace(0.05, 1.0, 16)
     alpha, sigma = (v[:, None].double() for v in schedule(t))
     x_t = (alpha * x0 + sigma * noise).requires_grad_()
     log_prob = torch.distributions.Normal(alpha * x0, sigma).log_prob(x_t).sum()
     (expected,) = torch.autograd.grad(log_prob, x_t)
-    torch.testing.assert_close(score(x_t.detach(), x0, t, schedule), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(score(x_t.detach(), x0, t, schedule), expected, rtol=2.0**-23, atol=0)
 
 
-@pytest.mark.parametrize("name", PREDICTIONS)
+@pytest.mark.parametrize("name", ["epsilon", "sample", "karras"])
 def test_only_the_ratio_of_sigma_to_alpha_matters(name):
-    """x_t / alpha is the variance-exploding x_t: in that frame epsilon, x0 and EDM outputs mean the same F."""
-    if name in ("velocity", "flow"):
-        pytest.skip("these outputs depend on the frame by definition")
+    """x_t / alpha is the variance-exploding x_t: there epsilon, x0 and EDM outputs mean the same F (v and flow not)."""
     alpha = torch.tensor([0.3, 0.9], dtype=torch.float64)
     ratio = torch.tensor([2.0, 0.1], dtype=torch.float64)
     skip, out = PREDICTIONS[name](alpha, alpha * ratio)
