@@ -9,6 +9,7 @@ from torch import Tensor
 from dmd import seeding
 from dmd.denoiser import Cond
 from dmd.distill import Batch, CriticBatch, Iteration
+from dmd.errors import InputError
 from dmd.pairs import Pairs
 from dmd.seeding import Stream
 
@@ -26,11 +27,12 @@ class Share:
     device: torch.device = torch.device("cpu")
 
     def split(self, total: int, what: str) -> list[Tensor]:
-        """Global indices within a batch of `total`, one tensor a micro-batch. ValueError if it does not divide."""
+        """Global indices within a batch of `total`, one tensor a micro-batch. InputError if it does not divide."""
         parts = self.world * self.accumulation
         if total % parts:
-            raise ValueError(
-                f"{what} {total} is not divisible by {self.world} processes x {self.accumulation} accumulation steps"
+            raise InputError(
+                f"{what} {total} is not divisible by {self.world} processes x {self.accumulation} accumulation steps: "
+                f"give a multiple of {parts}"
             )
         size = total // parts
         first = self.rank * self.accumulation

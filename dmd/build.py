@@ -10,10 +10,11 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 import dmd
@@ -33,6 +34,8 @@ from dmd.run import Cadence, Run, clip_and_check
 from dmd.solvers import Solver, ddim, heun
 from dmd.teach import Teacher, lognormal_times
 from dmd.teachers import pixel
+
+T = TypeVar("T")
 
 SOLVERS: dict[str, tuple[Solver, Callable[[int], int]]] = {
     "heun": (heun, lambda n: 2 * n - 1),
@@ -59,6 +62,22 @@ class Workplace:
     def share(self, accumulation: int = 1) -> Share:
         a = self.accelerator
         return Share(a.process_index, a.num_processes, accumulation, a.device)
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Do `work` on every process. If it fails on one, all raise, so that none waits for it and one can say why."""
+        failure: Exception | None = None
+        try:
+            value = work()
+        except (InputError, ArithmeticError, OSError) as error:
+            failure = error
+        failures = [f for f in gather_object([failure]) if f is not None]
+        if failures:
+            raise failure or failures[0]
+        return value
+
+    def first(self, work: Callable[[], object]) -> None:
+        """Do `work` on the main process while the others wait; if it fails, all raise."""
+        self.together(lambda: work() if self.main else None)
 
 
 def workplace(config: Config) -> Workplace:
@@ -90,6 +109,40 @@ def image_set(config: Config, split: str = "train") -> ImageSet:
     return ImageSet(images.pad_to(found.images, o.size), found.labels, found.classes)
 
 
+def reference_set(config: Config, data: ImageSet) -> ImageSet:
+    """Real images that samples are measured against: the test part, or all of `digits`, which has none."""
+    if config.data.data == "digits":
+        return data
+    found = image_set(config, "test")
+    if found.classes != data.classes[: len(found.classes)]:
+        raise InputError(
+            f"the test images of {config.data.data} have the classes {', '.join(found.classes)}, but the train images "
+            f"have {', '.join(data.classes)}: they must be the same"
+        )
+    return found
+
+
+def check_shares(config: Config, place: Workplace) -> None:
+    """Raises InputError for a global batch that cannot be shared among the processes."""
+    d = config.distill
+    share = place.share(d.gradient_accumulation_steps)
+    if d.objective != "regression":
+        share.split(d.batch_size, "--batch-size")
+    if d.objective != "matching":
+        share.split(d.pair_batch_size, "--pair-batch-size")
+    if config.teacher.teacher is None:
+        place.share().split(config.teacher.teach_batch_size, "--teach-batch-size")
+
+
+def file_digest(path: str | None) -> str | None:
+    """SHA-256 of a file that the user named. Raises InputError if it is not there."""
+    if path is None:
+        return None
+    if not Path(path).is_file():
+        raise InputError(f"{path} does not exist: give a file")
+    return checkpoint.describe(Path(path))["sha256"]
+
+
 def pixel_config(config: Config, data: ImageSet) -> pixel.PixelConfig:
     t = config.teacher
     return pixel.PixelConfig(
@@ -102,6 +155,17 @@ def pixel_config(config: Config, data: ImageSet) -> pixel.PixelConfig:
         t.attention,
         t.sigma_data,
     )
+
+
+def check_architecture(config: Config, data: ImageSet) -> None:
+    """Raises InputError if the options of the teacher that is to be taught fit no network."""
+    try:
+        with torch.device("meta"):
+            pixel.build(pixel_config(config, data))
+    except (ArithmeticError, RuntimeError, ValueError) as error:
+        raise InputError(
+            f"--width {config.teacher.width} with --multipliers {config.teacher.multipliers} makes no UNet: {error}"
+        ) from None
 
 
 def teacher_folder(config: Config, data: ImageSet) -> Path:
@@ -150,9 +214,8 @@ def teach(config: Config, data: ImageSet, place: Workplace, folder: Path) -> boo
         sinks=lambda step: [log.JsonLines(folder / "metrics.jsonl", step)],
     )
     done = run.train().step >= t.teach_steps
-    if done and place.main:
-        pixel.save(ema.shadow.get_submodule("unet"), architecture, folder)
-    place.accelerator.wait_for_everyone()
+    if done:
+        place.first(lambda: pixel.save(ema.shadow.get_submodule("unet"), architecture, folder))
     return done
 
 
@@ -208,19 +271,17 @@ def make_pairs(config: Config, real: Guided, spec: pairs.PairSpec, place: Workpl
         chunks = zip(z.split(250), number.split(250), strict=True)
         return torch.cat([generator(a.to(place.device), {"label": b.to(place.device)}).cpu() for a, b in chunks])
 
-    absent = pairs.missing(folder, spec)
-    place.accelerator.wait_for_everyone()
-    if absent:
-        own = absent[place.accelerator.process_index :: place.accelerator.num_processes]
-        total = sum(len(spec.indices(i)) for i in own)
+    def make(shards: list[int]) -> None:
+        total = sum(len(spec.indices(i)) for i in shards)
         with log.progress(total, 0, "pairs", place.main, "pair") as bar:
-            for count in pairs.make(folder, spec, own, sample):
+            for count in pairs.make(folder, spec, shards, sample):
                 bar.update(count)
-        place.accelerator.wait_for_everyone()
-        if place.main:
-            pairs.finish(folder, spec)
-        place.accelerator.wait_for_everyone()
-    return pairs.Pairs(folder, spec)
+
+    absent = place.together(lambda: pairs.missing(folder, spec))
+    if absent:
+        place.together(lambda: make(absent[place.accelerator.process_index :: place.accelerator.num_processes]))
+        place.first(lambda: pairs.finish(folder, spec))
+    return place.together(lambda: pairs.Pairs(folder, spec))
 
 
 def distance(config: Config, device: torch.device) -> Distance:
@@ -235,7 +296,7 @@ def distance(config: Config, device: torch.device) -> Distance:
     return lpips_distance(backbone, weights, config.distill.lpips_size, device)
 
 
-def distiller(config: Config, teacher: NetworkDenoiser, real: Guided, place: Workplace) -> Distiller:
+def distiller(config: Config, teacher: NetworkDenoiser, real: Guided, place: Workplace, metric: Distance) -> Distiller:
     """Student and fake score begin as copies of the teacher."""
     d = config.distill
     student, fake = (copy.deepcopy(teacher).requires_grad_(True) for _ in range(2))
@@ -247,7 +308,7 @@ def distiller(config: Config, teacher: NetworkDenoiser, real: Guided, place: Wor
         _adam(student, d.learning_rate, betas, d.weight_decay),
         _adam(fake, d.fake_learning_rate or d.learning_rate, betas, d.weight_decay),
         Ema(student.net, d.ema),
-        distance(config, place.device),
+        metric,
         d.lambda_reg,
         d.max_grad_norm,
         clip_and_check,
@@ -265,13 +326,14 @@ def feature_net(config: Config, data: ImageSet) -> FeatureNet:
     from dmd.metrics import networks
 
     if config.evaluation.features is not None:
-        return networks.load_cifar_resnet(config.evaluation.features)
-    return networks.train_classifier(data, None, config.run.seed, Path(config.run.cache_dir) / "classifiers")
-
-
-def reference_set(config: Config, data: ImageSet) -> ImageSet:
-    """Real images that samples are measured against: the test part, or all of `digits`, which has none."""
-    return data if config.data.data == "digits" else image_set(config, "test")
+        net = networks.load_cifar_resnet(config.evaluation.features)
+        if net.shape != data.shape:
+            raise InputError(
+                f"--features {config.evaluation.features} takes images of {net.shape}, but the data has {data.shape}"
+            )
+        return net
+    seed = config.run.seed % 2**32  # what torch's own generator can tell apart
+    return networks.train_classifier(data, None, seed, Path(config.run.cache_dir) / "classifiers")
 
 
 def distill_batches(

@@ -1,5 +1,6 @@
 """The main job from end to end: teacher, pairs, distillation, comparison, report. Each link resumes by itself."""
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -7,22 +8,28 @@ from typing import Any
 from dmd import build, checkpoint, evaluation
 from dmd.build import Workplace
 from dmd.config import Config
-from dmd.data.images import ImageSet
 from dmd.denoiser import Guided, NetworkDenoiser
 from dmd.distill import Distiller
+from dmd.errors import InputError
 from dmd.generate import student_generator
 from dmd.pairs import Pairs
 from dmd.run import Cadence, Progress, Run
 from dmd.teachers import pixel
 
+INPUTS = "inputs.json"
+"""File of a run directory with the checksums of what the run was given."""
+
 
 class Chain:
-    """Runs a config in a directory.
+    """Runs a config in a directory. All that the user gives is read and checked here, before anything is written.
 
     Args:
         config: what to do.
         place: processes and device.
-        folder: run directory, there already.
+        folder: run directory; `run` needs it to be there.
+
+    Raises:
+        InputError: data, a given teacher or other files are not what they should be.
     """
 
     def __init__(self, config: Config, place: Workplace, folder: Path):
@@ -30,20 +37,48 @@ class Chain:
         self.place = place
         self.folder = folder
         self.started = time.monotonic()
+        build.check_shares(config, place)
+        self.data = build.image_set(config)
+        self.reference = build.reference_set(config, self.data)
+        self.distance = build.distance(config, place.device)
+        self.inputs: dict[str, str | None] = {
+            "data": self.data.digest(),
+            "features": build.file_digest(config.evaluation.features),
+            "lpips_weights": build.file_digest(config.distill.lpips_weights),
+        }
+        if config.evaluation.features is not None:
+            build.feature_net(config, self.data)
+        if config.teacher.teacher is None:
+            build.check_architecture(config, self.data)
+        else:
+            self._load_teacher(Path(config.teacher.teacher))
+
+    def require_same_inputs(self) -> None:
+        """Raises InputError if the run directory was made with other files."""
+        try:
+            known = json.loads((self.folder / INPUTS).read_text())
+        except (OSError, ValueError):
+            return
+        for name, digest in self.inputs.items():
+            if known.get(name, digest) != digest:
+                raise InputError(
+                    f"{self.folder} holds a run with another content of --{name.replace('_', '-')}: give that one, "
+                    f"another --output-dir, or start over with --fresh"
+                )
 
     def run(self) -> None:
         place, config = self.place, self.config
-        if place.main:
-            checkpoint.write_json(self.folder / "environment.json", build.environment(place))
-        data = build.image_set(config)
-        teacher = self._teacher(data)
+        place.first(lambda: checkpoint.write_json(self.folder / "environment.json", build.environment(place)))
+        teacher = self._teacher()
         if teacher is None:
             return self._say("stopped while teaching; the same command goes on")
         denoiser, architecture = teacher
+        place.together(self.require_same_inputs)
+        place.first(lambda: checkpoint.write_json(self.folder / INPUTS, self.inputs))
         real = build.guided(config, denoiser, architecture)
         store = self._pairs(real, denoiser, architecture)
-        judge = self._judge(data, architecture)
-        distiller = build.distiller(config, denoiser, real, place)
+        judge = self._judge(architecture)
+        distiller = build.distiller(config, denoiser, real, place, self.distance)
         progress = self._distil(distiller, architecture, store, judge)
         if progress.step < config.distill.max_train_steps:
             return self._say(f"stopped after step {progress.step}; the same command goes on")
@@ -51,15 +86,21 @@ class Chain:
             self._conclude(progress, real, architecture, judge)
         place.accelerator.wait_for_everyone()
 
-    def _teacher(self, data: ImageSet) -> tuple[NetworkDenoiser, pixel.PixelConfig] | None:
+    def _load_teacher(self, folder: Path) -> tuple[NetworkDenoiser, pixel.PixelConfig]:
+        self.teacher_folder = folder
+        teacher, architecture = build.load_teacher(self.config, self.data, self.place, folder)
+        self.inputs["teacher"] = checkpoint.digest(teacher.net)
+        return teacher, architecture
+
+    def _teacher(self) -> tuple[NetworkDenoiser, pixel.PixelConfig] | None:
         """The teacher, taught first if there is none; None if teaching was stopped."""
-        folder = build.teacher_folder(self.config, data)
+        folder = build.teacher_folder(self.config, self.data)
         done = (folder / "model.safetensors").exists()
         self.place.accelerator.wait_for_everyone()
-        if not done and self.config.teacher.teacher is None and not build.teach(self.config, data, self.place, folder):
+        given = self.config.teacher.teacher is not None
+        if not done and not given and not build.teach(self.config, self.data, self.place, folder):
             return None
-        self.teacher_folder = folder
-        return build.load_teacher(self.config, data, self.place, folder)
+        return self.place.together(lambda: self._load_teacher(folder))
 
     def _pairs(self, real: Guided, teacher: NetworkDenoiser, architecture: pixel.PixelConfig) -> Pairs | None:
         if self.config.distill.objective == "matching":
@@ -67,14 +108,11 @@ class Chain:
         spec = build.pair_spec(self.config, teacher, architecture)
         return build.make_pairs(self.config, real, spec, self.place, build.pair_folder(self.config, spec))
 
-    def _judge(self, data: ImageSet, architecture: pixel.PixelConfig) -> evaluation.Judge:
+    def _judge(self, architecture: pixel.PixelConfig) -> evaluation.Judge:
         """The feature network is trained (or loaded) by the main process first, so that the others find it cached."""
-        if not self.place.main:
-            self.place.accelerator.wait_for_everyone()
-        net = build.feature_net(self.config, data).to(self.place.device)
-        reference = evaluation.Reference.of(build.reference_set(self.config, data), net)
-        if self.place.main:
-            self.place.accelerator.wait_for_everyone()
+        self.place.first(lambda: build.feature_net(self.config, self.data))
+        net = build.feature_net(self.config, self.data).to(self.place.device)
+        reference = evaluation.Reference.of(self.reference, net)
         return evaluation.Judge(
             net, reference, pixel.labels, len(architecture.classes), architecture.shape, self.place.device,
             show=self.place.main,

@@ -6,6 +6,7 @@ full disk at any moment leaves the previous checkpoint usable. Nothing is pickle
 JSON.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -186,8 +187,10 @@ def remove_leftovers(root: Path) -> None:
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path)
-    except SafetensorError as error:  # its own type, also for a full disk
-        raise OSError(str(error)) from error
+    except SafetensorError as error:  # its own type, also for a full disk; the number stands in its text
+        number = re.search(r"os error (\d+)", str(error))
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, os.strerror(code) if number else str(error), str(path)) from error
     _sync_file(path)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -186,8 +187,9 @@ def check(config: Config) -> None:
     """Raises InputError for values out of range."""
     d, e, r = config.distill, config.evaluation, config.run
     positive = {
-        "--size": config.data.size, "--width": config.teacher.width,
-        "--teach-batch-size": config.teacher.teach_batch_size,
+        "--size": config.data.size, "--width": config.teacher.width, "--blocks": config.teacher.blocks,
+        "--multipliers": min(config.teacher.multipliers, default=0), "--sigma-data": config.teacher.sigma_data,
+        "--teach-batch-size": config.teacher.teach_batch_size, "--teach-lr": config.teacher.teach_lr,
         "--max-train-steps": d.max_train_steps, "--gradient-accumulation-steps": d.gradient_accumulation_steps,
         "--critic-steps-per-generator-step": d.critic_steps_per_generator_step,
         "--teacher-steps": config.pairs.teacher_steps,
@@ -195,8 +197,16 @@ def check(config: Config) -> None:
         "--learning-rate": d.learning_rate, "--max-grad-norm": d.max_grad_norm, "--log-every": r.log_every,
     }  # fmt: skip
     for flag, value in positive.items():
-        if value <= 0:
-            raise InputError(f"{flag} is {value}: it must be greater than 0")
+        if not 0 < value < math.inf:
+            raise InputError(f"{flag} is {value}: it must be a number greater than 0")
+    if config.teacher.width % 4:
+        raise InputError(
+            f"--width is {config.teacher.width}: it must be a multiple of 4, for the UNet's normalisations"
+        )
+    if config.teacher.teach_steps < 0:
+        raise InputError(f"--teach-steps is {config.teacher.teach_steps}: it must be at least 0")
+    if e.features is None and config.data.size < 4:
+        raise InputError(f"--size is {config.data.size}: the network that measures images takes 4 or more")
     if not 0.0 <= d.t_min < d.t_max <= 1.0:
         raise InputError(f"--t-min {d.t_min} and --t-max {d.t_max}: they must be in order and within 0 and 1")
     if not 0.0 <= d.ema < 1.0:
@@ -209,11 +219,13 @@ def check(config: Config) -> None:
         raise InputError(f"--batch-size is {d.batch_size}: distribution matching needs at least 1")
     if d.objective != "matching" and (d.pair_batch_size < 1 or config.pairs.pairs < 1):
         raise InputError(
-            "the regression loss needs --pairs and --pair-batch-size of at least 1; or use --objective matching"
+            f"--pairs is {config.pairs.pairs} and --pair-batch-size {d.pair_batch_size}: the regression loss needs at "
+            f"least 1 of each; or use --objective matching"
         )
     if e.final_samples < 16 or (e.eval_every and e.eval_samples < 16):
         raise InputError(
-            "--eval-samples and --final-samples must be at least 16: a Fréchet distance of fewer means nothing"
+            f"--eval-samples is {e.eval_samples} and --final-samples {e.final_samples}: both must be at least 16, "
+            f"since a Fréchet distance of fewer means nothing"
         )
     if len(config.teacher.multipliers) != len(config.teacher.attention):
         raise InputError("--multipliers and --attention must be equally long: one entry for each resolution")
@@ -236,6 +248,8 @@ def from_json(raw: Mapping[str, Any], where: str) -> Config:
 
 def _read(kind: Any, raw: Mapping[str, Any], where: str) -> Any:
     types = {f.name: f for f in fields(kind)}
+    if not isinstance(raw, Mapping):
+        raise InputError(f"{where} has {raw!r} where an object is due, with the keys {', '.join(types)}")
     values = {}
     for key, value in raw.items():
         if key not in types:

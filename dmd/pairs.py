@@ -152,8 +152,8 @@ def _plain(spec: PairSpec) -> dict[str, object]:
 
 def _require_same(manifest: Path, spec: PairSpec) -> None:
     try:
-        found = json.loads(manifest.read_text())["spec"]
-    except (ValueError, KeyError):
+        found = dict(json.loads(manifest.read_text())["spec"])
+    except (ValueError, KeyError, TypeError):
         raise InputError(
             f"{manifest} is damaged: remove the folder {manifest.parent}, its pairs will be made again"
         ) from None

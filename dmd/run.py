@@ -4,10 +4,12 @@ Distillation, teaching and representation training share it. A `Task` owns netwo
 `Run` owns the directory, the clock, the processes and the signals. Each turn: report, save, stop?, step.
 """
 
+import contextlib
 import signal
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -61,11 +63,21 @@ class Cadence:
 
 @dataclass
 class Progress:
-    """What a resumed run must know beside weights."""
+    """What a resumed run must know beside weights.
+
+    Attributes:
+        step: finished steps.
+        seconds: spent on them, over all starts.
+        best: metric, value and step of the best evaluation.
+        evaluated: step of the last evaluation, so that resuming there does not repeat it.
+        unreported: figures of the steps since the last line of metrics.jsonl, averaged over processes.
+    """
 
     step: int = 0
     seconds: float = 0.0
     best: dict[str, Any] = field(default_factory=dict)
+    evaluated: int = 0
+    unreported: list[dict[str, float]] = field(default_factory=list)
 
 
 class Run:
@@ -127,7 +139,11 @@ class Run:
         self._saved = progress.step
         bar = log.progress(self.cadence.steps, progress.step, self.title, self.accelerator.is_main_process)
         started = time.monotonic() - progress.seconds
-        with _signals(self._request_stop), bar:
+        with contextlib.ExitStack() as stack:
+            for sink in self._sinks:
+                stack.callback(sink.close)
+            stack.enter_context(_signals(self._request_stop))
+            stack.enter_context(bar)
             while True:
                 progress.seconds = time.monotonic() - started
                 self._report(progress, bar)
@@ -138,8 +154,6 @@ class Run:
                 self._step(progress.step)
                 progress.step += 1
                 bar.update()
-        for sink in self._sinks:
-            sink.close()
         return progress
 
     def resume(self) -> Progress:
@@ -149,7 +163,7 @@ class Run:
         if path is None:
             return Progress()
         step, extra = checkpoint.load(path, self.task.modules(), self.task.optimizers())
-        return Progress(step, extra["seconds"], extra["best"])
+        return Progress(step, **extra)
 
     def _step(self, step: int) -> None:
         scale = self.cadence.rate(step)
@@ -164,13 +178,17 @@ class Run:
     def _report(self, progress: Progress, bar: Any) -> None:
         """Write the mean of the figures since the last report, and evaluate if it is time."""
         last = progress.step >= self.cadence.steps
-        if self._pending and (_due(progress.step, self.cadence.log) or last):
-            figures = self._mean(self._pending)
-            self._pending = []
+        if _due(progress.step, self.cadence.log) or last:
+            self._collect(progress)
+        if progress.unreported and (_due(progress.step, self.cadence.log) or last):
+            rows, progress.unreported = progress.unreported, []
+            figures = {name: statistics.fmean(row[name] for row in rows) for name in rows[0]}
             self._write(progress.step, {**figures, "seconds": progress.seconds})
             bar.set_postfix({k: f"{v:.3g}" for k, v in figures.items() if k.startswith("loss/")}, refresh=False)
-        if self.evaluate and progress.step and (_due(progress.step, self.cadence.evaluate) or last):
+        evaluate = progress.step != progress.evaluated and (_due(progress.step, self.cadence.evaluate) or last)
+        if self.evaluate and evaluate:
             figures = dict(self.evaluate(progress.step))
+            progress.evaluated = progress.step
             self._write(progress.step, figures)
             if self.best and figures and (not progress.best or figures[self.best] < progress.best["value"]):
                 progress.best = {"metric": self.best, "value": figures[self.best], "step": progress.step}
@@ -181,17 +199,24 @@ class Run:
         for sink in self._sinks:
             sink.write(step, figures)
 
-    def _mean(self, pending: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
-        names = sorted(pending[0])
-        values = torch.stack([torch.stack([p[n].float() for n in names]) for p in pending]).mean(0)
-        values = self.accelerator.reduce(values, "mean")
-        return dict(zip(names, values.tolist(), strict=True))
+    def _collect(self, progress: Progress) -> None:
+        """Wait for the figures of the last steps and keep their average over processes, as a checkpoint can hold it.
+
+        Each step is averaged by itself and in a fixed order, so that figures do not depend on when a run was stopped.
+        """
+        if self._pending:
+            names = sorted(self._pending[0])
+            values = torch.stack([torch.stack([p[n].float() for n in names]) for p in self._pending])
+            means = self.accelerator.gather(values[None]).cpu().double().mean(0)
+            progress.unreported += [dict(zip(names, row, strict=True)) for row in means.tolist()]
+            self._pending = []
 
     def _save(self, progress: Progress, last: bool) -> None:
         """Write a checkpoint when it is time; the main process writes, all wait."""
         if progress.step == self._saved or not (last or _due(progress.step, self.cadence.checkpoint)):
             return
-        extra = {"seconds": progress.seconds, "best": progress.best}
+        self._collect(progress)
+        extra = {k: v for k, v in asdict(progress).items() if k != "step"}
         failure = None
         if self.accelerator.is_main_process:
             try:
@@ -231,7 +256,10 @@ def _due(step: int, interval: int) -> bool:
 
 
 class _signals:
-    """While active, SIGTERM and SIGINT ask for a clean stop; a second SIGINT interrupts as usual."""
+    """While active, SIGTERM and SIGINT ask for a clean stop; a second SIGINT interrupts as usual.
+
+    A second SIGTERM changes nothing: schedulers send it to torchrun and to its processes, and torchrun passes it on.
+    """
 
     def __init__(self, request_stop: Callable[[], None]):
         self._request_stop = request_stop
@@ -243,7 +271,8 @@ class _signals:
 
     def _handle(self, number: int, frame: Any) -> None:
         self._request_stop()
-        signal.signal(number, self._old[signal.Signals(number)])
+        if number == signal.SIGINT:
+            signal.signal(number, self._old[signal.SIGINT])
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._old.items():

@@ -1,6 +1,11 @@
 """Command lines to configs: `[PRESET] [--flags]`, one flag per field of `dmd.config.Config`."""
 
+import contextlib
+import io
+import itertools
 import json
+import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -27,16 +32,31 @@ def parse(argv: Sequence[str], prog: str, description: str) -> Command:
     """Flags over a preset (the first argument, or `digits`).
 
     Raises:
-        InputError: unknown preset or a value out of range.
-        SystemExit: with code 2 for unknown flags, 0 for --help.
+        InputError: unknown preset or flag, or a value that is out of range or of another kind.
+        SystemExit: with code 0 for --help.
     """
     rest = list(argv)
     name = rest.pop(0) if rest and not rest[0].startswith("-") else "digits"
     kind: Any = tyro.conf.OmitArgPrefixes[Annotated[Command, tyro.conf.arg(name="")]]
     text = f"{description}\n\nPresets: {', '.join(PRESETS)}. The defaults below are those of {name!r}."
-    command = tyro.cli(kind, args=rest, default=Command(preset(name)), prog=f"{prog} [PRESET]", description=text)
+    command = read(kind, rest, f"{prog} [PRESET]", default=Command(preset(name)), description=text)
     check(command.config)
     return replace(command, config=replace(command.config, preset=name))
+
+
+def read(kind: Any, argv: Sequence[str], prog: str, **options: Any) -> Any:
+    """`tyro.cli`, except that what it draws as a box of several lines becomes an InputError of one sentence."""
+    drawn = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(drawn):
+            return tyro.cli(kind, args=list(argv), prog=prog, **options)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+    rows = re.sub(r"\x1b\[[0-9;]*m", "", drawn.getvalue()).splitlines()[1:]
+    first = itertools.takewhile(lambda row: "───" not in row and "---" not in row, rows)
+    sentence = " ".join(row.strip(" │|") for row in first).rstrip(".") or "the command line is wrong"
+    raise InputError(f"{sentence}; see {prog} --help")
 
 
 Work = Callable[[Config], None]
@@ -53,21 +73,23 @@ def guarded(work: Callable[[], object]) -> None:
     try:
         work()
     except InputError as error:
-        _fail(str(error))
+        _fail(str(error), 2)
     except ArithmeticError as error:  # dmd.run.NotFinite, without importing torch for `--help`
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        _fail(str(error), 1)
     except BrokenPipeError:
         sys.exit(1)  # the reader of our output has gone, as in `... | head`
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
-        _fail(f"{error.filename or 'the disk'}: {error.strerror}; give a folder that can be written to and has space")
+        name = error.filename or "the disk"
+        _fail(f"{name}: {error.strerror}; give a folder that can be read and written and has space", 2)
     except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+        print("\ninterrupted: the same command goes on from what is saved", file=sys.stderr)
         sys.exit(130)
 
 
-def _fail(sentence: str) -> None:
-    print(f"error: {sentence}", file=sys.stderr)
-    sys.exit(2)
+def _fail(sentence: str, code: int) -> None:
+    """Say why on the first process only: the others fail for the same reason, or because it did."""
+    if os.environ.get("RANK", "0") == "0":
+        print("error: " + " ".join(sentence.split()), file=sys.stderr)
+    sys.exit(code)

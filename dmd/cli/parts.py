@@ -21,7 +21,10 @@ def teach(argv: Sequence[str], prog: str) -> None:
         place = build.workplace(config)
         data = build.image_set(config)
         folder = build.teacher_folder(config, data)
-        if build.teach(config, data, place, folder) and place.main:
+        build.check_shares(config, place)
+        done = (folder / "model.safetensors").exists() and not (folder / "checkpoints").exists()
+        place.accelerator.wait_for_everyone()
+        if (done or build.teach(config, data, place, folder)) and place.main:
             print(f"teacher: {folder}")
 
     _with_config(argv, prog, "Train the many-step teacher on real images.", work)
@@ -34,7 +37,7 @@ def pairs(argv: Sequence[str], prog: str) -> None:
         from dmd import build
 
         place = build.workplace(config)
-        data = build.image_set(config)
+        data = place.together(lambda: build.image_set(config))
         teacher, architecture = build.load_teacher(config, data, place, build.teacher_folder(config, data))
         spec = build.pair_spec(config, teacher, architecture)
         folder = build.pair_folder(config, spec)
@@ -54,11 +57,10 @@ class ReportOptions:
 
 
 def report(argv: Sequence[str], prog: str) -> None:
-    options = tyro.cli(ReportOptions, args=list(argv), prog=prog)
-
     def work() -> None:
         from dmd import report
 
+        options = flags.read(ReportOptions, argv, prog)
         folder = Path(options.run)
         if not (folder / "config.json").exists():
             raise InputError(f"{folder} is not a run directory: it has no config.json")

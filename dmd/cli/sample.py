@@ -9,8 +9,10 @@ from typing import Annotated, Any
 
 import tyro
 
-from dmd.cli.flags import guarded
+from dmd.cli.flags import guarded, read
 from dmd.errors import InputError
+
+MAX_SEEDS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,7 @@ class SampleOptions:
 
 
 def main(argv: Sequence[str], prog: str = "sample.py") -> None:
-    options = tyro.cli(SampleOptions, args=list(argv), prog=prog)
-    guarded(lambda: sample(options))
+    guarded(lambda: sample(read(SampleOptions, argv, prog)))
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -51,6 +52,8 @@ def parse_seeds(text: str) -> list[int]:
         first, _, last = part.partition("-")
         if int(last or first) < int(first) or int(last or first) >= 2**56:
             raise InputError(f"--seeds has the range {part!r}: it must rise and stay below 2**56")
+        if int(last or first) - int(first) >= MAX_SEEDS:
+            raise InputError(f"--seeds has the range {part!r}: at most {MAX_SEEDS} seeds can be asked for at once")
         seeds += range(int(first), int(last or first) + 1)
     return seeds
 
@@ -75,6 +78,8 @@ def sample(options: SampleOptions) -> None:
     denoiser, config = pixel.load(Path(options.student))
     denoiser = denoiser.to(device)
     numbers = class_numbers(options.what, config.classes)
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
     real = Guided(denoiser, options.guidance, config.null())
     generator = student_generator(denoiser) if options.steps == 1 else teacher_generator(real, heun, options.steps)
 
@@ -85,8 +90,6 @@ def sample(options: SampleOptions) -> None:
         x = images(generator, seed, pixel.labels, asked, config.shape, device, options.batch_size, bar.update)
         seconds = time.perf_counter() - started
 
-    out = Path(options.out)
-    out.mkdir(parents=True, exist_ok=True)
     facts = {"network": digest(denoiser.net), "steps": str(options.steps)}
     for pixels, (n, s) in zip(to_uint8(x), pairs, strict=True):
         _save_png(pixels, out / f"class-{n:03d}-seed-{s}.png", facts | {"class": config.classes[n], "seed": str(s)})

@@ -9,6 +9,12 @@ from dmd.cli import flags
 from dmd.config import Config, read, require_same, to_json
 from dmd.errors import InputError
 
+CONTENT = (
+    "checkpoints", "student", "samples", "tensorboard", "wandb", "environment.json", "inputs.json", "metrics.jsonl",
+    "summary.json", "report.html", "config.json",
+)  # fmt: skip
+"""What a run writes into its directory, and `--fresh` deletes; other files there are the user's."""
+
 DESCRIPTION = "Distil a diffusion teacher into a one-step student (Distribution Matching Distillation)."
 
 
@@ -30,29 +36,50 @@ def train(config: Config, fresh: bool = False) -> None:
 
     place = build.workplace(config)
     folder = Path(config.run.output_dir)
-    if place.main:
-        open_directory(folder, config, fresh)
-    place.accelerator.wait_for_everyone()
-    Chain(config, place, folder).run()
+    place.first(lambda: check_directory(folder, config, fresh))
+    chain = place.together(lambda: Chain(config, place, folder))
+    if not fresh:
+        place.together(chain.require_same_inputs)
+    place.first(lambda: open_directory(folder, config, fresh))
+    chain.run()
 
 
-def open_directory(folder: Path, config: Config, fresh: bool) -> None:
-    """Make a run directory or accept the one that is there.
+def check_directory(folder: Path, config: Config, fresh: bool) -> None:
+    """Whether a run can be made or resumed here; writes nothing.
 
     Raises:
         InputError: it holds another run, or something else.
     """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file: give a folder as --output-dir")
+    found = [p.name for p in folder.iterdir() if not p.name.startswith(".tmp-")] if folder.exists() else []
+    if found and not _is_run(folder):
+        raise InputError(f"{folder} is not empty and not a run directory: give another --output-dir")
+    if found and not fresh:
+        require_same(read(folder / "config.json"), config, str(folder))
+
+
+def open_directory(folder: Path, config: Config, fresh: bool) -> None:
+    """Make a run directory, or go on with the one that `check_directory` has accepted."""
     from dmd.checkpoint import write_json
 
-    known = folder / "config.json"
-    if fresh and known.exists():
-        shutil.rmtree(folder)
-    if known.exists():
-        require_same(read(known), config, str(folder))
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} is not empty and not a run directory: give another --output-dir")
+    for name in CONTENT if fresh else ():
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(known, to_json(config))
+    write_json(folder / "config.json", to_json(config))
+
+
+def _is_run(folder: Path) -> bool:
+    """Many programs write a config.json: it is a run's if it says so or, when damaged, has a run's files beside it."""
+    try:
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return (folder / "config.json").is_file() and (folder / "environment.json").is_file()
+    return isinstance(raw, dict) and {"preset", "distill", "run"} <= raw.keys()
 
 
 def read_summary(folder: Path) -> dict[str, object]:

@@ -66,10 +66,10 @@ def build(config: PixelConfig, seed: int = 0, autocast: torch.dtype | None = Non
 
 
 def save(unet: torch.nn.Module, config: PixelConfig, folder: Path) -> None:
-    """Write a folder that `load` reads."""
+    """Write a folder that `load` reads. The weights come last: where they are, the folder is complete."""
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.save_weights(unet, folder / "model.safetensors")
     checkpoint.write_json(folder / "config.json", {"kind": "pixel", **asdict(config)})
+    checkpoint.save_weights(unet, folder / "model.safetensors")
 
 
 def load(folder: Path, autocast: torch.dtype | None = None) -> tuple[NetworkDenoiser, PixelConfig]:
@@ -79,7 +79,10 @@ def load(folder: Path, autocast: torch.dtype | None = None) -> tuple[NetworkDeno
         InputError: files missing or damaged, unknown or missing keys, weights of another architecture.
     """
     config = read_config(folder)
-    denoiser = build(config, autocast=autocast)
+    try:
+        denoiser = build(config, autocast=autocast)
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"{folder / 'config.json'} describes no network that can be built: {error}") from None
     checkpoint.load_weights(denoiser.net.get_submodule("unet"), folder / "model.safetensors")
     return denoiser.eval(), config
 
