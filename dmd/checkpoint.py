@@ -88,8 +88,8 @@ def verify(path: Path) -> bool:
     """Whether a folder's manifest is there and agrees with its files."""
     try:
         files = json.loads((path / _MANIFEST).read_text())["files"]
-        return all(describe(path / name) == facts for name, facts in files.items())
-    except (OSError, ValueError, KeyError, AttributeError):
+        return "state.json" in files and all(describe(path / name) == facts for name, facts in files.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
