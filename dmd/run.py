@@ -5,6 +5,7 @@ Distillation, teaching and representation training share it. A `Task` owns netwo
 """
 
 import contextlib
+import math
 import signal
 import statistics
 import time
@@ -190,7 +191,8 @@ class Run:
             figures = dict(self.evaluate(progress.step))
             progress.evaluated = progress.step
             self._write(progress.step, figures)
-            if self.best and figures and (not progress.best or figures[self.best] < progress.best["value"]):
+            best = progress.best.get("value", math.inf)
+            if self.best and figures and figures[self.best] < best:  # never for NaN, which no later value would beat
                 progress.best = {"metric": self.best, "value": figures[self.best], "step": progress.step}
                 if self.keep_best and self.accelerator.is_main_process:
                     self.keep_best(progress.step)
