@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
@@ -53,10 +54,13 @@ def read(kind: Any, argv: Sequence[str], prog: str, **options: Any) -> Any:
     except SystemExit as stop:
         if not stop.code:
             raise
-    rows = re.sub(r"\x1b\[[0-9;]*m", "", drawn.getvalue()).splitlines()[1:]
-    first = itertools.takewhile(lambda row: "───" not in row and "---" not in row, rows)
-    sentence = " ".join(row.strip(" │|") for row in first).rstrip(".") or "the command line is wrong"
-    raise InputError(f"{sentence}; see {prog} --help")
+    _, *rows = re.sub(r"\x1b\[[0-9;]*m", "", drawn.getvalue()).splitlines()  # without the title
+    parts = [" ".join(row.strip(" │|") for row in part) for rule, part in itertools.groupby(rows, _is_rule) if not rule]
+    raise InputError(f"{parts[0].rstrip('.') if parts else 'the command line is wrong'}; see {prog} --help")
+
+
+def _is_rule(row: str) -> bool:
+    return not row.strip(" │|─-╰╯+")
 
 
 Work = Callable[[Config], None]
@@ -92,4 +96,6 @@ def _fail(sentence: str, code: int) -> None:
     """Say why on the first process only: the others fail for the same reason, or because it did."""
     if os.environ.get("RANK", "0") == "0":
         print("error: " + " ".join(sentence.split()), file=sys.stderr)
+    else:
+        time.sleep(1)  # a launcher ends all processes as soon as one exits: let the first one speak
     sys.exit(code)

@@ -97,7 +97,7 @@ def read_config(folder: Path) -> PixelConfig:
         raise InputError(
             f"{path} does not exist: give the folder of a teacher or student (config.json, model.safetensors)"
         ) from None
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, TypeError):
         raise InputError(f"{path} is not a JSON object: it should describe a pixel denoiser") from None
     if kind != "pixel":
         raise InputError(f"{path} has kind {kind!r}: this command reads 'pixel'")
