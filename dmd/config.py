@@ -195,22 +195,40 @@ def check(config: Config) -> None:
         "--teacher-steps": config.pairs.teacher_steps,
         "--pair-shard-size": config.pairs.pair_shard_size, "--checkpoints-total-limit": r.checkpoints_total_limit,
         "--learning-rate": d.learning_rate, "--max-grad-norm": d.max_grad_norm, "--log-every": r.log_every,
+        "--p-std": config.teacher.p_std, "--lpips-size": d.lpips_size,
+        "--fake-learning-rate": d.learning_rate if d.fake_learning_rate is None else d.fake_learning_rate,
     }  # fmt: skip
     for flag, value in positive.items():
         if not 0 < value < math.inf:
             raise InputError(f"{flag} is {value}: it must be a number greater than 0")
+    not_negative = {
+        "--teach-steps": config.teacher.teach_steps, "--lr-warmup-steps": d.lr_warmup_steps,
+        "--lr-cooldown-steps": d.lr_cooldown_steps, "--weight-decay": d.weight_decay, "--lambda-reg": d.lambda_reg,
+        "--eval-every": e.eval_every, "--checkpointing-steps": r.checkpointing_steps,
+    }  # fmt: skip
+    for flag, value in not_negative.items():
+        if not 0 <= value < math.inf:
+            raise InputError(f"{flag} is {value}: it must be a number of at least 0")
+    below_one = {
+        "--ema": d.ema, "--teach-ema": config.teacher.teach_ema,
+        "--adam-beta1": d.adam_beta1, "--adam-beta2": d.adam_beta2,
+    }  # fmt: skip
+    for flag, value in below_one.items():
+        if not 0 <= value < 1:
+            raise InputError(f"{flag} is {value}: it must be at least 0 and below 1")
+    for flag, value in {"--guidance": config.pairs.guidance, "--p-mean": config.teacher.p_mean}.items():
+        if not math.isfinite(value):
+            raise InputError(f"{flag} is {value}: it must be a finite number")
+    if not 0 <= config.teacher.label_dropout <= 1:
+        raise InputError(f"--label-dropout is {config.teacher.label_dropout}: it must be within 0 and 1")
     if config.teacher.width % 4:
         raise InputError(
             f"--width is {config.teacher.width}: it must be a multiple of 4, for the UNet's normalisations"
         )
-    if config.teacher.teach_steps < 0:
-        raise InputError(f"--teach-steps is {config.teacher.teach_steps}: it must be at least 0")
     if e.features is None and config.data.size < 4:
         raise InputError(f"--size is {config.data.size}: the network that measures images takes 4 or more")
     if not 0.0 <= d.t_min < d.t_max <= 1.0:
         raise InputError(f"--t-min {d.t_min} and --t-max {d.t_max}: they must be in order and within 0 and 1")
-    if not 0.0 <= d.ema < 1.0:
-        raise InputError(f"--ema is {d.ema}: it must be at least 0 and below 1")
     if not 0 <= r.seed < 2**64:
         raise InputError(f"--seed is {r.seed}: it must be at least 0 and below 2**64")
     if config.data.channels not in (1, 3):
