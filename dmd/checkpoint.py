@@ -107,6 +107,7 @@ def load(
     for name, optimizer in optimizers.items():
         tensors = load_file(path / f"optimizer-{name}.safetensors")
         optimizer.load_state_dict(_unflatten_optimizer(tensors, state["optimizers"][name]))
+        _match_layout(optimizer)
     return state["step"], state["extra"]
 
 
@@ -220,3 +221,15 @@ def _unflatten_optimizer(tensors: Mapping[str, Tensor], scalars: Mapping[str, An
         parameter, name = key.split(".", 1)
         state.setdefault(int(parameter), {})[name] = tensor
     return {"state": state, "param_groups": scalars["param_groups"]}
+
+
+def _match_layout(optimizer: Optimizer) -> None:
+    """Lay moments out in memory as their parameters are, which files forget.
+
+    Fused optimisers walk both in storage order: contiguous moments of a channels-last weight would be those of other
+    elements.
+    """
+    for parameter, entry in optimizer.state.items():
+        for name, value in entry.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                entry[name] = torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)

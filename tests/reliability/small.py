@@ -67,6 +67,7 @@ def build(job: Job, share: Share) -> tuple[Distiller, DistillBatches]:
     with torch.no_grad():
         for parameter in teacher.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=draw)
+    teacher.to(memory_format=torch.channels_last)
     student, fake = copy.deepcopy(teacher), copy.deepcopy(teacher)
     distiller = Distiller(
         student, teacher, fake, adam(student), adam(fake), Ema(student.net, 0.9), squared_distance, 0.25, 1.0,

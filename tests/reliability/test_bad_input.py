@@ -251,7 +251,7 @@ FLAGS = {
     "--seed": r"--seed.*1",
     "--objective gan": r"'gan'.*--objective.*'dmd', 'matching', 'regression'",
     "--pairs 0": r"--pairs is 0 and --pair-batch-size 4: the regression loss needs at least 1",
-    "--batch-size 6 --gradient-accumulation-steps 4": r"--batch-size 6 is not divisible by 1 processes x 4 accumulation",
+    "--batch-size 6 --gradient-accumulation-steps 4": r"--batch-size 6 is not divisible by 1 processes x 4",
     "--pair-batch-size 5 --gradient-accumulation-steps 2": r"--pair-batch-size 5 is not divisible.*a multiple of 2",
     "--learning-rate nan": r"--learning-rate is nan: it must be a number greater than 0",
     "--width 6": r"--width is 6: it must be a multiple of 4",
