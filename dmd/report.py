@@ -24,10 +24,12 @@ Series = list[tuple[int, float]]
 
 FEW_SAMPLES = 10_000
 """A Fréchet distance from fewer samples is visibly biased upwards."""
-MAX_POINTS = 800
-"""Longer curves are thinned to about so many points."""
+MAX_POINTS = 300
+"""Longer curves become means of stretches, on a band from the least to the greatest."""
 MAX_ROWS = 200
 """Longer tables of evaluations are thinned."""
+MAX_PNG = 32
+"""Images up to this size are kept exactly; larger ones become JPEG."""
 MAX_TILE = 96
 """Larger sample images are shrunk to this size."""
 
@@ -130,12 +132,12 @@ def _read_metrics(path: Path) -> tuple[dict[str, Series], int]:
         except (ValueError, KeyError, TypeError, RecursionError):
             damaged += 1
             continue
-        if not isinstance(step, int) or step < 0:
+        if type(step) is not int or not 0 <= step < 2**53:
             damaged += 1
             continue
         for name, value in record.items():
-            if name != "step" and isinstance(value, int | float):
-                figures.setdefault(name, {})[step] = float(value)
+            if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
+                figures.setdefault(name, {})[step] = _float(value)
     return {name: sorted(values.items()) for name, values in figures.items()}, damaged
 
 
@@ -148,9 +150,14 @@ def _step_pictures(folder: Path) -> list[tuple[int, Path]]:
 # Numbers as text
 
 
+def _float(value: int | float) -> float:
+    """NaN for what is so large that it cannot be drawn."""
+    return float(value) if -1e100 < value < 1e100 else math.nan
+
+
 def _number(value: Any) -> float | None:
     """A finite number, or None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(_float(value)):
         return None
     return value
 
@@ -168,14 +175,14 @@ def show(value: float) -> str:
         decimals = max(0, 2 - math.floor(math.log10(value)))
         return f"{value:,.{decimals}f}"
     digits, power = f"{value:.2e}".split("e")
-    return f"{digits}×10{str(int(power)).translate(SUPERSCRIPTS)}"
+    return f"{digits}×10{_superscript(int(power))}"
 
 
 def duration(seconds: float) -> str:
     """81.3 is "1 min 21 s"."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
+    if minutes == 0:
+        return f"{rest} s"
     if minutes < 60:
         return f"{minutes} min {rest} s"
     return f"{minutes // 60} h {minutes % 60} min"
@@ -195,11 +202,12 @@ class Tick:
 
 @dataclass(frozen=True)
 class Curve:
-    """A line of a chart. `segments` are SVG polyline points, `dots` the marked points; both in per cent."""
+    """A line of a chart. `segments` and `bands` are SVG points of polylines and polygons, `dots` the marked points."""
 
     label: str
     latest: str
     segments: Sequence[str]
+    bands: Sequence[str]
     dots: Sequence[tuple[float, float]]
 
 
@@ -254,10 +262,16 @@ def linear_axis(low: float, high: float, intervals: int = 4) -> Axis:
 
 
 def log_axis(low: float, high: float) -> Axis:
-    """A logarithmic axis over whole decades."""
-    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    every = max(1, math.ceil((last - first) / 4))
-    return Axis(first, last, [10.0**k for k in range(last, first - 1, -every)][::-1], log=True)
+    """A logarithmic axis from and to 1, 2 or 5 times a power of ten; ticks at all of those, or at powers if many."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    round_values = [float(f"{m}e{k}") for k in powers for m in (1, 2, 5)]
+    first = max(v for v in round_values if v <= low)
+    last = min((v for v in round_values if v >= high), default=round_values[-1])
+    ticks = [v for v in round_values if first <= v <= last]
+    if len(ticks) > 7:
+        decades = [v for v in ticks if f"{v:e}".startswith("1.0")]
+        ticks = decades[:: math.ceil(len(decades) / 5)]
+    return Axis(math.log10(first), math.log10(last), ticks, log=True)
 
 
 def step_axis(last: int) -> Axis:
@@ -271,17 +285,42 @@ def _round_step(rough: float) -> float:
     return next(m for m in (1, 2, 2.5, 5, 10) if m * magnitude >= rough * (1 - 1e-9)) * magnitude
 
 
-def _tick_texts(axis: Axis) -> list[str]:
+def _tick_texts(axis: Axis) -> tuple[list[str], str]:
+    """Labels of the ticks, and the power of ten that they are to be multiplied by, in words."""
+    largest = max(abs(t) for t in axis.ticks)
     if axis.log:
-        powers = [str(round(math.log10(t))).translate(SUPERSCRIPTS) for t in axis.ticks]
-        return [f"{t:g}" if 1e-3 <= t < 1e4 else f"10{p}" for t, p in zip(axis.ticks, powers, strict=True)]
-    gap = axis.ticks[1] - axis.ticks[0] if len(axis.ticks) > 1 else 1.0
-    if max(abs(t) for t in axis.ticks) >= 10_000 and gap >= 100:
+        return [_log_text(t) for t in axis.ticks], ""
+    if 0 < largest < 1e-3 or largest >= 1e6:
+        power = math.floor(math.log10(largest) + 1e-9)
+        return _decimals([t / 10.0**power for t in axis.ticks]), f"in units of 10{_superscript(power)}"
+    if largest >= 10_000:
+        return [f"{t / 1000:g}k" if t else "0" for t in axis.ticks], ""
+    return _decimals(axis.ticks), ""
+
+
+def _log_text(tick: float) -> str:
+    """0.05, 20, 10⁻³, 2×10⁴."""
+    if 0.01 <= tick < 1e4:
+        return f"{tick:g}"
+    digits, power = f"{tick:.0e}".split("e")
+    return ("" if digits == "1" else f"{digits}×") + f"10{_superscript(int(power))}"
+
+
+def _step_texts(axis: Axis) -> list[str]:
+    if axis.high >= 10_000:
         return [f"{t / 1000:g}k" if t else "0" for t in axis.ticks]
-    if gap < 1e-4:
-        return [show(t) for t in axis.ticks]
-    decimals = next(d for d in range(6) if abs(round(gap, d) - gap) < 1e-6 * gap)
-    return [f"{t + 0.0:.{decimals}f}".replace("-", "−") for t in axis.ticks]
+    return [f"{t:g}" for t in axis.ticks]
+
+
+def _decimals(ticks: Sequence[float]) -> list[str]:
+    """Evenly spaced numbers, all with as many decimals as they need."""
+    gap = ticks[1] - ticks[0] if len(ticks) > 1 else 1.0
+    decimals = next((d for d in range(6) if abs(round(gap, d) - gap) < 1e-6 * gap), 6)
+    return [f"{t + 0.0:.{decimals}f}".replace("-", "−") for t in ticks]
+
+
+def _superscript(power: int) -> str:
+    return str(power).translate(SUPERSCRIPTS)
 
 
 @dataclass(frozen=True)
@@ -291,7 +330,7 @@ class Plan:
     Attributes:
         series: names in metrics.jsonl and their labels.
         hint: one sentence about what healthy looks like; "{clip}" stands for the clipping limit.
-        log: use a logarithmic axis if the values span more than two decades.
+        log: use a logarithmic axis if the greatest value is more than 20 times the least.
         zero: let the axis include 0 and draw a line there.
         level: the teacher's final figure that is drawn as a reference line.
     """
@@ -392,20 +431,21 @@ def _chart(run: RunFiles, plan: Plan, best: tuple[int, float] | None = None) -> 
     level = _number(run.final("teacher").get(plan.level)) if plan.level else None
     shown = values + ([level] if level is not None else []) + ([0.0] if plan.zero else [])
     positive = [v for v in shown if v > 0]
-    log = plan.log and len(positive) == len(shown) and max(shown) > 100 * min(shown)
+    log = plan.log and len(positive) == len(shown) and max(shown) > 20 * min(shown)
     y = log_axis(min(shown), max(shown)) if log else linear_axis(min(shown), max(shown))
     x = step_axis(run.last_step)
     clip = _number(run.option("distill", "max_grad_norm"))
+    y_texts, unit = _tick_texts(y)
     return Chart(
         plan.title,
-        "logarithmic scale" if log else "",
+        "logarithmic scale" if log else unit,
         plan.hint.replace("{clip}", f" of {show(clip)}" if clip else ""),
         [_curve(label, series, x, y) for label, series in named],
         Level(f"teacher {show(level)}", _percent(1 - y.at(level))) if level is not None else None,
         _percent(1 - y.at(0.0)) if plan.zero else None,
         (f"best {show(best[1])} at step {best[0]:,}", *_place(best, x, y)) if best else None,
-        [Tick(text, _percent(1 - y.at(t))) for t, text in zip(y.ticks, _tick_texts(y), strict=True)],
-        [Tick(text, _percent(x.at(t))) for t, text in zip(x.ticks, _tick_texts(x), strict=True)],
+        [Tick(text, _percent(1 - y.at(t))) for t, text in zip(y.ticks, y_texts, strict=True)],
+        [Tick(text, _percent(x.at(t))) for t, text in zip(x.ticks, _step_texts(x), strict=True)],
         _alt(plan.title, named, level),
     )
 
@@ -423,14 +463,18 @@ def _alt(title: str, named: Sequence[tuple[str, Series]], level: float | None) -
 
 
 def _curve(label: str, series: Series, x: Axis, y: Axis) -> Curve:
-    segments = [[_place(p, x, y) for p in run] for run in _finite_runs(thin(series, MAX_POINTS))]
-    few = sum(map(len, segments)) <= 30
-    latest = next((v for _, v in reversed(series) if math.isfinite(v)), None)
+    pieces = list(_finite_runs(series))
+    points = sum(map(len, pieces))
+    size = math.ceil(points / MAX_POINTS)
+    stretches = [[piece[i : i + size] for i in range(0, len(piece), size)] for piece in pieces]
+    lines = [[_place(_mean(part), x, y) for part in piece] for piece in stretches]
+    bands = [_band(piece, x, y) for piece in stretches] if size > 1 else []
     return Curve(
         label,
-        "" if latest is None else show(latest),
-        [" ".join(f"{a:g},{b:g}" for a, b in s) for s in segments],
-        [p for s in segments for p in s if few or len(s) == 1],
+        show(pieces[-1][-1][1]) if pieces else "",
+        [_points(line) for line in lines],
+        [_points(band) for band in bands],
+        [place for line in lines for place in line if points <= 30 or len(line) == 1],
     )
 
 
@@ -447,24 +491,22 @@ def _finite_runs(series: Series) -> Iterator[Series]:
         yield piece
 
 
-def thin(series: Series, most: int) -> Series:
-    """At most about `most` points: of each of `most` / 2 stretches the least and the greatest, so that spikes stay.
-
-    Values that are not finite stay too, as long as they are few.
-    """
-    if len(series) <= most:
-        return series
-    size = math.ceil(2 * len(series) / most)
-    kept: Series = []
-    for i in range(0, len(series), size):
-        stretch = series[i : i + size]
-        finite = [p for p in stretch if math.isfinite(p[1])]
-        ends = {min(finite, key=lambda p: p[1]), max(finite, key=lambda p: p[1])} if finite else {stretch[0]}
-        kept += sorted(ends)
-    return kept
+def _mean(part: Series) -> tuple[float, float]:
+    return sum(s for s, _ in part) / len(part), sum(v for _, v in part) / len(part)
 
 
-def _place(point: tuple[int, float], x: Axis, y: Axis) -> tuple[float, float]:
+def _band(piece: Sequence[Series], x: Axis, y: Axis) -> list[tuple[float, float]]:
+    """Outline of the least and greatest values of each stretch."""
+    least = [_place((_mean(part)[0], min(v for _, v in part)), x, y) for part in piece]
+    greatest = [_place((_mean(part)[0], max(v for _, v in part)), x, y) for part in piece]
+    return greatest + least[::-1]
+
+
+def _points(places: Sequence[tuple[float, float]]) -> str:
+    return " ".join(f"{a:g},{b:g}" for a, b in places)
+
+
+def _place(point: tuple[float, float], x: Axis, y: Axis) -> tuple[float, float]:
     return _percent(x.at(point[0])), _percent(1 - y.at(point[1]))
 
 
@@ -552,7 +594,8 @@ def _cut(row: "Image.Image", size: int, first: int, last: int) -> "Image.Image":
     scale = row.height // (size + 2)
     shown = min(size, MAX_TILE)
     gap = max(1, shown // 16)
-    strip = Image.new("RGBA", ((last - first) * (shown + gap) - gap, shown))
+    between = (0, 0, 0, 0) if shown <= MAX_PNG else (128, 128, 128, 255)
+    strip = Image.new("RGBA", ((last - first) * (shown + gap) - gap, shown), between)
     for i in range(first, last):
         left = i * (size + 1) * scale
         tile = row.crop((left, 0, left + size * scale, size * scale))
@@ -566,7 +609,7 @@ def _strip(label: str, image: "Image.Image", alt: str) -> Strip:
     if image.width > 1024:
         image = image.resize((1024, max(1, image.height * 1024 // image.width)))
     buffer = io.BytesIO()
-    if image.height <= 32:
+    if image.height <= MAX_PNG:
         image.save(buffer, format="PNG", optimize=True)
         kind = "png"
     else:
@@ -649,6 +692,7 @@ class Page:
     evaluations: Evaluations | None
     losses: Sequence[Chart]
     health: Sequence[Chart]
+    has_bands: bool
     development: Sequence[Panel]
     command: Sequence[str]
     environment: Sequence[tuple[str, str]]
@@ -660,6 +704,7 @@ class Page:
 def page(run: RunFiles) -> Page:
     """The page of a run."""
     preset, differences = _differences(run)
+    losses, health = _charts(run, LOSSES), _charts(run, HEALTH)
     return Page(
         name=run.folder.resolve().name,
         finished=_is_finished(run),
@@ -672,8 +717,9 @@ def page(run: RunFiles) -> Page:
         figures_note=_figures_note(run),
         distance=_distance_chart(run),
         evaluations=_evaluations(run),
-        losses=_charts(run, LOSSES),
-        health=_charts(run, HEALTH),
+        losses=losses,
+        health=health,
+        has_bands=any(curve.bands for chart in (*losses, *health) for curve in chart.curves),
         development=_development(run),
         command=_command(run),
         environment=_environment(run),
