@@ -13,6 +13,7 @@ import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -263,10 +264,10 @@ def linear_axis(low: float, high: float, intervals: int = 4) -> Axis:
 
 def log_axis(low: float, high: float) -> Axis:
     """A logarithmic axis from and to 1, 2 or 5 times a power of ten; ticks at all of those, or at powers if many."""
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
     round_values = [float(f"{m}e{k}") for k in powers for m in (1, 2, 5)]
     first = max(v for v in round_values if v <= low)
-    last = min((v for v in round_values if v >= high), default=round_values[-1])
+    last = min(v for v in round_values if v >= high)
     ticks = [v for v in round_values if first <= v <= last]
     if len(ticks) > 7:
         decades = [v for v in ticks if f"{v:e}".startswith("1.0")]
@@ -731,6 +732,11 @@ def page(run: RunFiles) -> Page:
 
 def render(page: Page) -> str:
     """The page as HTML. Everything that comes from files is escaped."""
+    return str(_template().render(page=page))
+
+
+@cache
+def _template() -> Any:
     import jinja2
 
     environment = jinja2.Environment(
@@ -740,7 +746,7 @@ def render(page: Page) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html.jinja").render(page=page)
+    return environment.get_template("report.html.jinja")
 
 
 def _metric(run: RunFiles) -> str:
@@ -804,7 +810,8 @@ def _cautions(run: RunFiles) -> Iterator[str]:
         if ours is not None and theirs is not None and ours < theirs / 2:
             poor.append(f"{name} {ours:.3f} against {theirs:.3f}")
     if poor:
-        yield f"The student is much less varied than its teacher ({', '.join(poor)}). The distance hides this."
+        figures = ", ".join(poor)
+        yield f"The student is much less varied than its teacher ({figures}). The distance alone does not show this."
     series, best = run.metrics.get("eval/fd", []), run.best()
     if _is_finished(run) and best and len(series) > 2 and best[0] == series[-1][0]:
         yield (

@@ -80,9 +80,15 @@ def make(folder, objective="dmd"):
     return folder
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("finished") / "run")
+
+
 @pytest.fixture
-def folder(tmp_path):
-    return make(tmp_path / "run")
+def folder(finished, tmp_path):
+    """A run of one's own to damage."""
+    return shutil.copytree(finished, tmp_path / "run")
 
 
 class Seen(HTMLParser):
@@ -222,6 +228,12 @@ def test_lost_variety_is_not_hidden_by_a_good_distance(folder):
     summary["student"]["recall"] = 0.026
     (folder / "summary.json").write_text(json.dumps(summary))
     assert "much less varied than its teacher (recall 0.026 against 0.926)" in see(folder).text
+
+
+def test_an_earlier_best_is_the_one_that_is_kept(folder):
+    seen = see(folder)
+    assert "student of step 60, the best, is the one kept" in seen.text
+    assert "may still be improving" not in seen.text
 
 
 @pytest.mark.parametrize(
