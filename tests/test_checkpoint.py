@@ -165,10 +165,11 @@ def test_a_manifest_of_another_form_does_not_count(tmp_path, text):
 
 
 def test_a_damaged_newer_one_is_not_counted_among_those_to_keep(tmp_path):
-    """After falling back to step 1, saving step 2 must not remove step 1's only valid successor."""
+    """After falling back to step 1, saving step 2 must leave two that load, not one and a ruin."""
     store(tmp_path, 1)
     truncate(store(tmp_path, 9) / "net.safetensors")
-    store(tmp_path, 2, keep=1)
+    store(tmp_path, 2, keep=2)
+    assert [p.name for p in checkpoint.steps(tmp_path) if checkpoint.verify(p)] == ["step-00000001", "step-00000002"]
     assert checkpoint.latest(tmp_path).name == "step-00000002"
 
 
@@ -260,3 +261,16 @@ def test_a_failed_replacement_keeps_the_old_file(tmp_path, monkeypatch):
     assert float(net.layer.bias[0].detach()) == 1.0
     assert json.loads(facts.read_text()) == {"a": 1}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["facts.json", "w.safetensors"]
+
+
+def test_files_are_replaced_not_overwritten(tmp_path):
+    """Whoever has the old file open, or is killed in between, has it whole: a second name of it keeps its content."""
+    for name, write in (
+        ("w.safetensors", lambda path, value: checkpoint.save_weights(Net(value), path)),
+        ("facts.json", lambda path, value: checkpoint.write_json(path, {"value": value})),
+    ):
+        write(tmp_path / name, 1.0)
+        (tmp_path / f"old-{name}").hardlink_to(tmp_path / name)
+        before = (tmp_path / name).read_bytes()
+        write(tmp_path / name, 2.0)
+        assert (tmp_path / name).read_bytes() != before == (tmp_path / f"old-{name}").read_bytes()
