@@ -37,8 +37,8 @@ def images(
 ) -> Tensor:
     """Samples for (seed, condition number) pairs, (N, *shape) float32 on the CPU.
 
-    Work goes in chunks of exactly `batch_size` (the last is padded), because a network's rounding depends on the batch:
-    with a fixed work unit, a sample's bits depend on its place in a chunk at most.
+    Work goes in chunks of one size, `batch_size` or all if those are fewer (the last is padded), because a network's
+    rounding depends on the batch: among calls with one work unit, a sample's bits depend on its place in it at most.
 
     Args:
         seeds, numbers: (N,) int64 each.

@@ -109,6 +109,32 @@ def test_optimizer_state_comes_back_and_training_goes_on_bit_for_bit(tmp_path, o
     assert same(adam.state_dict(), adam_other.state_dict())
 
 
+def test_channels_last_training_goes_on_bit_for_bit(tmp_path):
+    """Fused AdamW walks weights and moments in storage order, which a file of contiguous tensors does not have."""
+
+    def build():
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            net = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        return net, torch.optim.AdamW(net.parameters(), lr=0.01, fused=True)
+
+    def step(net, adam, number):
+        adam.zero_grad()
+        net(torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(number))).square().mean().backward()
+        adam.step()
+
+    (net, adam), (other, adam_other) = build(), build()
+    for number in range(3):
+        step(net, adam, number)
+    checkpoint.load(
+        checkpoint.save(tmp_path, 3, {"net": net}, {"net": adam}, {}, 1), {"net": other}, {"net": adam_other}
+    )
+    for number in range(3, 6):
+        step(net, adam, number)
+        step(other, adam_other, number)
+    assert torch.equal(net.weight, other.weight)
+
+
 def test_an_optimizer_that_has_not_stepped_comes_back(tmp_path):
     net, adam = trained(steps=0)
     path = checkpoint.save(tmp_path, 0, {"net": net}, {"net": adam}, {}, keep=1)
