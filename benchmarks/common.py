@@ -1,0 +1,69 @@
+"""What every benchmark prints: the machine before, one JSON line after; and how it times."""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def machine() -> dict[str, Any]:
+    """Device, versions and commit."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu()
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return {
+        "device": device,
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": git.stdout.strip() or "unknown",
+    }
+
+
+def say_machine() -> None:
+    facts = machine()
+    print(", ".join(f"{k} {v}" for k, v in facts.items()), flush=True)
+
+
+def finish(name: str, results: Any) -> None:
+    """The last line of every benchmark."""
+    print(json.dumps({"benchmark": name, "machine": machine(), "results": results}))
+
+
+def seconds(work: Callable[[], object], runs: int, warm_up: int = 2) -> list[float]:
+    """Wall times of `runs` calls after some to warm up; the device is waited for."""
+    times = []
+    for i in range(warm_up + runs):
+        started = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        if i >= warm_up:
+            times.append(time.perf_counter() - started)
+    return times
+
+
+def middle(times: list[float]) -> tuple[float, float]:
+    """Median, and half of the range between the quartiles."""
+    low, median, high = statistics.quantiles(times, n=4)
+    return median, (high - low) / 2
+
+
+def _cpu() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or "cpu"

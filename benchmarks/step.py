@@ -1,0 +1,141 @@
+"""One DMD iteration against its bare parts: `python -m benchmarks.step [PRESET] [--quick]`.
+
+The parts are the network calls that the method cannot do without: the student's forward and backward on noises and pairs,
+the real and the fake score's forward, the fake score's forward and backward. The iteration also draws its batch, diffuses,
+computes the losses, clips and checks gradients, updates two networks and an average. Printed: the share of the iteration
+that is bare work (target: at least 95 %), model FLOPs utilisation (the parts' floating-point operations over what a large
+matrix product reaches on the same device), and how often each network was called (target: no hidden pass).
+"""
+
+import argparse
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.common import finish, middle, say_machine, seconds
+from dmd import build, pairs
+from dmd.config import PRESETS, Config, preset, with_run
+from dmd.denoiser import NetworkDenoiser
+from dmd.distill import Distiller
+from dmd.losses import squared_distance
+from dmd.solvers import one_step
+from dmd.teachers import pixel
+
+CLASSES = tuple(str(i) for i in range(10))
+
+
+def distiller(config: Config, place: build.Workplace) -> tuple[Distiller, pixel.PixelConfig]:
+    """A preset's distiller around a teacher of random weights."""
+    t, d = config.teacher, config.data
+    architecture = pixel.PixelConfig(
+        CLASSES, d.channels, d.size, t.width, t.multipliers, t.blocks, t.attention, t.sigma_data
+    )
+    teacher = pixel.build(architecture, autocast=place.autocast).to(place.device).requires_grad_(False)
+    with torch.no_grad():  # fresh networks end in zeros
+        for parameter in teacher.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    teacher.net.to(memory_format=torch.channels_last)
+    return build.distiller(
+        config, teacher, build.guided(config, teacher, architecture), place, squared_distance
+    ), architecture
+
+
+def bare(task: Distiller, batch: object) -> list[object]:
+    """The network calls of one iteration, each as a function without arguments."""
+    from dmd.distill import Batch
+
+    assert isinstance(batch, Batch)
+    z, cond = torch.cat((batch.z, batch.z_ref)), batch.cond
+    cond_x = {k: v[: len(batch.t)] for k, v in cond.items()}
+    x_t = task.student.schedule.diffuse(batch.z, batch.noise, batch.t)
+
+    def train(net: NetworkDenoiser, forward: object) -> None:
+        net.zero_grad()
+        forward().square().mean().backward()  # type: ignore[operator]
+
+    @torch.no_grad()
+    def infer(net: torch.nn.Module) -> None:
+        net(x_t, batch.t, cond_x)
+
+    return [
+        lambda: train(task.student, lambda: one_step(task.student, z, cond)),
+        lambda: infer(task.real),
+        lambda: infer(task.fake),
+        lambda: train(task.fake, lambda: task.fake(x_t, batch.t, cond_x)),
+    ]
+
+
+def counted(task: Distiller, step: object) -> dict[str, int]:
+    """Forward calls of each network, and how many of them were recorded for a backward pass, in one call of `step`."""
+    calls: Counter[str] = Counter()
+    nets = {"student": task.student.net, "fake": task.fake.net, "real": task.real.get_submodule("denoiser.net")}
+
+    def count(name: str) -> object:
+        def hook(*_: object) -> None:
+            calls[name] += 1
+            calls[f"{name} with gradient"] += torch.is_grad_enabled()
+
+        return hook
+
+    handles = [net.register_forward_pre_hook(count(name)) for name, net in nets.items()]
+    step()  # type: ignore[operator]
+    for handle in handles:
+        handle.remove()
+    return dict(calls)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations per second of a large matrix product."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    median, _ = middle(seconds(lambda: a @ b, 7))
+    return 2 * n**3 / median
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("preset", nargs="?", default="digits", choices=list(PRESETS))
+    parser.add_argument("--mixed-precision", default="no", choices=["no", "bf16"])
+    parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--quick", action="store_true", help="5 runs")
+    options = parser.parse_args()
+    runs = 5 if options.quick else options.runs
+    say_machine()
+
+    config = with_run(preset(options.preset), mixed_precision=options.mixed_precision)
+    place = build.workplace(config)
+    task, architecture = distiller(config, place)
+    spec = pairs.PairSpec("random", "heun", 1, 1.0, 0, len(CLASSES), architecture.shape, 512, 512)
+    with tempfile.TemporaryDirectory() as folder:
+        list(pairs.make(Path(folder), spec, [0], lambda z, _: z))
+        pairs.finish(Path(folder), spec)
+        batches = build.distill_batches(config, architecture, pairs.Pairs(Path(folder), spec), place)
+        parts = bare(task, batches(0).batches[0])
+        with FlopCounterMode(display=False) as counter:
+            for part in parts:
+                part()  # type: ignore[operator]
+        flops = counter.get_total_flops()
+        calls = counted(task, lambda: task.step(0, batches(0)))
+        whole, alone = [], []
+        for i in range(runs):  # in turns, so that a busy moment of the machine meets both
+            whole += seconds(lambda i=i: task.step(i, batches(i)), 1, 2 if i == 0 else 0)
+            alone += seconds(lambda: [part() for part in parts], 1, 2 if i == 0 else 0)  # type: ignore[operator]
+    step, step_spread = middle(whole)
+    parts_time, parts_spread = middle(alone)
+    peak = matmul_rate(place.device, place.autocast or torch.float32)
+
+    print(f"{options.preset}: {config.distill.batch_size} noises + {config.distill.pair_batch_size} pairs a step")
+    print(f"  iteration        {step * 1e3:9.1f} +- {step_spread * 1e3:.1f} ms")
+    print(f"  its bare calls   {parts_time * 1e3:9.1f} +- {parts_spread * 1e3:.1f} ms")
+    print(f"  bare / iteration {parts_time / step:9.3f}   (target 0.95)")
+    print(f"  utilisation      {flops / step / peak:9.3f}   ({flops / 1e9:.2f} GFLOP at {peak / 1e9:.0f} GFLOP/s)")
+    print(f"  calls            {calls}")
+    finish("step", {"preset": options.preset, "step_ms": step * 1e3, "bare_ms": parts_time * 1e3,
+                    "ratio": parts_time / step, "mfu": flops / step / peak, "calls": calls})  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
