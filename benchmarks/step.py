@@ -1,15 +1,17 @@
 """One DMD iteration against its bare parts: `python -m benchmarks.step [PRESET] [--quick]`.
 
-The parts are the network calls that the method cannot do without: the student's forward and backward on noises and pairs,
-the real and the fake score's forward, the fake score's forward and backward. The iteration also draws its batch, diffuses,
-computes the losses, clips and checks gradients, updates two networks and an average. Printed: the share of the iteration
-that is bare work (target: at least 95 %), model FLOPs utilisation (the parts' floating-point operations over what a large
-matrix product reaches on the same device), and how often each network was called (target: no hidden pass).
+The parts are the network calls that the method cannot do without: the student's forward and backward on noises and
+pairs, the real and the fake score's forward, the fake score's forward and backward. The iteration also draws its batch,
+diffuses, computes the losses, clips and checks gradients, updates two networks and an average. Printed: the share of the
+iteration that is bare work (target: at least 95 %), model FLOPs utilisation (the parts' floating-point operations over
+what a large matrix product reaches on the same device), and how often each network was called (target: no hidden pass).
 """
 
 import argparse
 import tempfile
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,8 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.common import finish, middle, say_machine, seconds
 from dmd import build, pairs
 from dmd.config import PRESETS, Config, preset, with_run
-from dmd.denoiser import NetworkDenoiser
-from dmd.distill import Distiller
+from dmd.distill import Batch, Distiller
 from dmd.losses import squared_distance
 from dmd.solvers import one_step
 from dmd.teachers import pixel
@@ -36,44 +37,37 @@ def distiller(config: Config, place: build.Workplace) -> tuple[Distiller, pixel.
     teacher = pixel.build(architecture, autocast=place.autocast).to(place.device).requires_grad_(False)
     with torch.no_grad():  # fresh networks end in zeros
         for parameter in teacher.parameters():
-            parameter += 0.02 * torch.randn_like(parameter)
+            parameter.add_(torch.randn_like(parameter), alpha=0.02)
     teacher.net.to(memory_format=torch.channels_last)
     return build.distiller(
         config, teacher, build.guided(config, teacher, architecture), place, squared_distance
     ), architecture
 
 
-def bare(task: Distiller, batch: object) -> list[object]:
-    """The network calls of one iteration, each as a function without arguments."""
-    from dmd.distill import Batch
-
-    assert isinstance(batch, Batch)
+def bare(task: Distiller, batch: Batch) -> Callable[[], None]:
+    """The network calls of one iteration, one after the other."""
     z, cond = torch.cat((batch.z, batch.z_ref)), batch.cond
     cond_x = {k: v[: len(batch.t)] for k, v in cond.items()}
     x_t = task.student.schedule.diffuse(batch.z, batch.noise, batch.t)
 
-    def train(net: NetworkDenoiser, forward: object) -> None:
-        net.zero_grad()
-        forward().square().mean().backward()  # type: ignore[operator]
+    def calls() -> None:
+        task.student.zero_grad()
+        one_step(task.student, z, cond).square().mean().backward()
+        with torch.no_grad():
+            task.real(x_t, batch.t, cond_x)
+            task.fake(x_t, batch.t, cond_x)
+        task.fake.zero_grad()
+        task.fake(x_t, batch.t, cond_x).square().mean().backward()
 
-    @torch.no_grad()
-    def infer(net: torch.nn.Module) -> None:
-        net(x_t, batch.t, cond_x)
-
-    return [
-        lambda: train(task.student, lambda: one_step(task.student, z, cond)),
-        lambda: infer(task.real),
-        lambda: infer(task.fake),
-        lambda: train(task.fake, lambda: task.fake(x_t, batch.t, cond_x)),
-    ]
+    return calls
 
 
-def counted(task: Distiller, step: object) -> dict[str, int]:
+def counted(task: Distiller, step: Callable[[], object]) -> dict[str, int]:
     """Forward calls of each network, and how many of them were recorded for a backward pass, in one call of `step`."""
     calls: Counter[str] = Counter()
     nets = {"student": task.student.net, "fake": task.fake.net, "real": task.real.get_submodule("denoiser.net")}
 
-    def count(name: str) -> object:
+    def count(name: str) -> Callable[..., None]:
         def hook(*_: object) -> None:
             calls[name] += 1
             calls[f"{name} with gradient"] += torch.is_grad_enabled()
@@ -81,7 +75,7 @@ def counted(task: Distiller, step: object) -> dict[str, int]:
         return hook
 
     handles = [net.register_forward_pre_hook(count(name)) for name, net in nets.items()]
-    step()  # type: ignore[operator]
+    step()
     for handle in handles:
         handle.remove()
     return dict(calls)
@@ -115,14 +109,17 @@ def main() -> None:
         batches = build.distill_batches(config, architecture, pairs.Pairs(Path(folder), spec), place)
         parts = bare(task, batches(0).batches[0])
         with FlopCounterMode(display=False) as counter:
-            for part in parts:
-                part()  # type: ignore[operator]
+            parts()
         flops = counter.get_total_flops()
-        calls = counted(task, lambda: task.step(0, batches(0)))
+
+        def iteration(step: int) -> None:
+            task.step(step, batches(step))
+
+        calls = counted(task, partial(iteration, 0))
         whole, alone = [], []
         for i in range(runs):  # in turns, so that a busy moment of the machine meets both
-            whole += seconds(lambda i=i: task.step(i, batches(i)), 1, 2 if i == 0 else 0)
-            alone += seconds(lambda: [part() for part in parts], 1, 2 if i == 0 else 0)  # type: ignore[operator]
+            whole += seconds(partial(iteration, i), 1, 2 if i == 0 else 0)
+            alone += seconds(parts, 1, 2 if i == 0 else 0)
     step, step_spread = middle(whole)
     parts_time, parts_spread = middle(alone)
     peak = matmul_rate(place.device, place.autocast or torch.float32)

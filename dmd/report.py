@@ -1,8 +1,8 @@
 """report.html of a run: one self-contained page, made from the files of the run directory and nothing else.
 
 `read` collects what there is as `RunFiles`, `page` turns that into a `Page` of plain values ready to print, and the
-template report.html.jinja lays them out. The plots are small SVGs without text; labels are HTML around them, so that
-they keep their size on a phone. The same files give the same bytes: the page has no date of its own.
+template report.html.jinja lays them out. The plots (`dmd.plots`) are small SVGs without text; labels are HTML around
+them, so that they keep their size on a phone. The same files give the same bytes: the page has no date of its own.
 """
 
 import base64
@@ -17,16 +17,32 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dmd.plots import (
+    Chart,
+    Level,
+    Series,
+    Tick,
+    curve,
+    drawable,
+    duration,
+    in_words,
+    linear_axis,
+    log_axis,
+    number,
+    percent,
+    place,
+    show,
+    step_axis,
+    step_texts,
+    tick_texts,
+)
+
 if TYPE_CHECKING:
     from PIL import Image
 
-Series = list[tuple[int, float]]
-"""(step, value), in order of steps. A value may be NaN: the curve has a gap there."""
 
 FEW_SAMPLES = 10_000
 """A Fréchet distance from fewer samples is visibly biased upwards."""
-MAX_POINTS = 300
-"""Longer curves become means of stretches, on a band from the least to the greatest."""
 MAX_ROWS = 200
 """Longer tables of evaluations are thinned."""
 MAX_PNG = 32
@@ -138,7 +154,7 @@ def _read_metrics(path: Path) -> tuple[dict[str, Series], int]:
             continue
         for name, value in record.items():
             if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
-                figures.setdefault(name, {})[step] = _float(value)
+                figures.setdefault(name, {})[step] = drawable(value)
     return {name: sorted(values.items()) for name, values in figures.items()}, damaged
 
 
@@ -148,180 +164,7 @@ def _step_pictures(folder: Path) -> list[tuple[int, Path]]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Numbers as text
-
-
-def _float(value: int | float) -> float:
-    """NaN for what is so large that it cannot be drawn."""
-    return float(value) if -1e100 < value < 1e100 else math.nan
-
-
-def _number(value: Any) -> float | None:
-    """A finite number, or None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(_float(value)):
-        return None
-    return value
-
-
-SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-
-
-def show(value: float) -> str:
-    """A number with three or so digits that mean something: 12,800, 29.7, 0.0605, 3.25×10⁻⁸."""
-    if value < 0:
-        return "−" + show(-value)
-    if value == int(value) and value < 1e15:
-        return f"{int(value):,}"
-    if 1e-3 <= value < 1e9:
-        decimals = max(0, 2 - math.floor(math.log10(value)))
-        return f"{value:,.{decimals}f}"
-    digits, power = f"{value:.2e}".split("e")
-    return f"{digits}×10{_superscript(int(power))}"
-
-
-def duration(seconds: float) -> str:
-    """81.3 is "1 min 21 s"."""
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes == 0:
-        return f"{rest} s"
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    return f"{minutes // 60} h {minutes % 60} min"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Plots: geometry in per cent of the plotting area, from its left and top
-
-
-@dataclass(frozen=True)
-class Tick:
-    """A labelled position on an axis."""
-
-    text: str
-    at: float
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A line of a chart. `segments` and `bands` are SVG points of polylines and polygons, `dots` the marked points."""
-
-    label: str
-    latest: str
-    segments: Sequence[str]
-    bands: Sequence[str]
-    dots: Sequence[tuple[float, float]]
-
-
-@dataclass(frozen=True)
-class Level:
-    """A horizontal reference line."""
-
-    label: str
-    at: float
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A plot with everything around it. `best` is the ringed point and its label; `alt` says the plot in words."""
-
-    title: str
-    unit: str
-    hint: str
-    curves: Sequence[Curve]
-    level: Level | None
-    zero: float | None
-    best: tuple[str, float, float] | None
-    y_ticks: Sequence[Tick]
-    x_ticks: Sequence[Tick]
-    alt: str
-
-
-@dataclass(frozen=True)
-class Axis:
-    """Maps values to 0..1."""
-
-    low: float
-    high: float
-    ticks: Sequence[float]
-    log: bool = False
-
-    def at(self, value: float) -> float:
-        if self.log:
-            return (math.log10(value) - self.low) / (self.high - self.low)
-        return (value - self.low) / (self.high - self.low)
-
-
-def linear_axis(low: float, high: float, intervals: int = 4) -> Axis:
-    """An axis from one round number to another that covers low..high."""
-    if high - low <= 1e-9 * max(abs(low), abs(high)):
-        pad = abs(high) / 2 or 0.5
-        low, high = low - pad, high + pad
-    step = _round_step((high - low) / intervals)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    ticks = [k * step for k in range(first, last + 1)]
-    return Axis(ticks[0], ticks[-1], ticks)
-
-
-def log_axis(low: float, high: float) -> Axis:
-    """A logarithmic axis from and to 1, 2 or 5 times a power of ten; ticks at all of those, or at powers if many."""
-    powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
-    round_values = [float(f"{m}e{k}") for k in powers for m in (1, 2, 5)]
-    first = max(v for v in round_values if v <= low)
-    last = min(v for v in round_values if v >= high)
-    ticks = [v for v in round_values if first <= v <= last]
-    if len(ticks) > 7:
-        decades = [v for v in ticks if f"{v:e}".startswith("1.0")]
-        ticks = decades[:: math.ceil(len(decades) / 5)]
-    return Axis(math.log10(first), math.log10(last), ticks, log=True)
-
-
-def step_axis(last: int) -> Axis:
-    """Steps from 0 to the last one, which need not be round."""
-    step = max(1, _round_step(last / 4))
-    return Axis(0, max(last, 1), [k * step for k in range(int(last / step) + 1)])
-
-
-def _round_step(rough: float) -> float:
-    magnitude = 10.0 ** math.floor(math.log10(rough)) if rough > 0 else 1.0
-    return next(m for m in (1, 2, 2.5, 5, 10) if m * magnitude >= rough * (1 - 1e-9)) * magnitude
-
-
-def _tick_texts(axis: Axis) -> tuple[list[str], str]:
-    """Labels of the ticks, and the power of ten that they are to be multiplied by, in words."""
-    largest = max(abs(t) for t in axis.ticks)
-    if axis.log:
-        return [_log_text(t) for t in axis.ticks], ""
-    if 0 < largest < 1e-3 or largest >= 1e6:
-        power = math.floor(math.log10(largest) + 1e-9)
-        return _decimals([t / 10.0**power for t in axis.ticks]), f"in units of 10{_superscript(power)}"
-    if largest >= 10_000:
-        return [f"{t / 1000:g}k" if t else "0" for t in axis.ticks], ""
-    return _decimals(axis.ticks), ""
-
-
-def _log_text(tick: float) -> str:
-    """0.05, 20, 10⁻³, 2×10⁴."""
-    if 0.01 <= tick < 1e4:
-        return f"{tick:g}"
-    digits, power = f"{tick:.0e}".split("e")
-    return ("" if digits == "1" else f"{digits}×") + f"10{_superscript(int(power))}"
-
-
-def _step_texts(axis: Axis) -> list[str]:
-    if axis.high >= 10_000:
-        return [f"{t / 1000:g}k" if t else "0" for t in axis.ticks]
-    return [f"{t:g}" for t in axis.ticks]
-
-
-def _decimals(ticks: Sequence[float]) -> list[str]:
-    """Evenly spaced numbers, all with as many decimals as they need."""
-    gap = ticks[1] - ticks[0] if len(ticks) > 1 else 1.0
-    decimals = next((d for d in range(6) if abs(round(gap, d) - gap) < 1e-6 * gap), 6)
-    return [f"{t + 0.0:.{decimals}f}".replace("-", "−") for t in ticks]
-
-
-def _superscript(power: int) -> str:
-    return str(power).translate(SUPERSCRIPTS)
+# Which charts there are
 
 
 @dataclass(frozen=True)
@@ -415,7 +258,7 @@ def _distance_chart(run: RunFiles) -> Chart | None:
     hint = (
         f"Falls towards the teacher’s line and may pass it. The student of step {best[0]:,}, the best, is the one kept."
     )
-    counted, final = run.metrics.get("eval/count"), _number(run.final("teacher").get("count"))
+    counted, final = run.metrics.get("eval/count"), number(run.final("teacher").get("count"))
     if counted and final and counted[-1][1] != final:
         hint += (
             f" The curve is measured with {show(counted[-1][1])} samples and the line with {show(final)}: "
@@ -429,90 +272,26 @@ def _chart(run: RunFiles, plan: Plan, best: tuple[int, float] | None = None) -> 
     values = [v for _, series in named for _, v in series if math.isfinite(v)]
     if not values:
         return None
-    level = _number(run.final("teacher").get(plan.level)) if plan.level else None
+    level = number(run.final("teacher").get(plan.level)) if plan.level else None
     shown = values + ([level] if level is not None else []) + ([0.0] if plan.zero else [])
     positive = [v for v in shown if v > 0]
     log = plan.log and len(positive) == len(shown) and max(shown) > 20 * min(shown)
     y = log_axis(min(shown), max(shown)) if log else linear_axis(min(shown), max(shown))
     x = step_axis(run.last_step)
-    clip = _number(run.option("distill", "max_grad_norm"))
-    y_texts, unit = _tick_texts(y)
+    clip = number(run.option("distill", "max_grad_norm"))
+    y_texts, unit = tick_texts(y)
     return Chart(
         plan.title,
         "logarithmic scale" if log else unit,
         plan.hint.replace("{clip}", f" of {show(clip)}" if clip else ""),
-        [_curve(label, series, x, y) for label, series in named],
-        Level(f"teacher {show(level)}", _percent(1 - y.at(level))) if level is not None else None,
-        _percent(1 - y.at(0.0)) if plan.zero else None,
-        (f"best {show(best[1])} at step {best[0]:,}", *_place(best, x, y)) if best else None,
-        [Tick(text, _percent(1 - y.at(t))) for t, text in zip(y.ticks, y_texts, strict=True)],
-        [Tick(text, _percent(x.at(t))) for t, text in zip(x.ticks, _step_texts(x), strict=True)],
-        _alt(plan.title, named, level),
+        [curve(label, series, x, y) for label, series in named],
+        Level(f"teacher {show(level)}", percent(1 - y.at(level))) if level is not None else None,
+        percent(1 - y.at(0.0)) if plan.zero else None,
+        (f"best {show(best[1])} at step {best[0]:,}", *place(best, x, y)) if best else None,
+        [Tick(text, percent(1 - y.at(t))) for t, text in zip(y.ticks, y_texts, strict=True)],
+        [Tick(text, percent(x.at(t))) for t, text in zip(x.ticks, step_texts(x), strict=True)],
+        in_words(plan.title, named, level),
     )
-
-
-def _alt(title: str, named: Sequence[tuple[str, Series]], level: float | None) -> str:
-    parts = []
-    for label, series in named:
-        whole = [p for p in series if math.isfinite(p[1])]
-        if whole:
-            (s0, v0), (s1, v1) = whole[0], whole[-1]
-            parts.append(f"{label}: {show(v0)} at step {s0:,}, {show(v1)} at step {s1:,}")
-    if level is not None:
-        parts.append(f"teacher: {show(level)}")
-    return f"{title}. " + "; ".join(parts)
-
-
-def _curve(label: str, series: Series, x: Axis, y: Axis) -> Curve:
-    pieces = list(_finite_runs(series))
-    points = sum(map(len, pieces))
-    size = math.ceil(points / MAX_POINTS)
-    stretches = [[piece[i : i + size] for i in range(0, len(piece), size)] for piece in pieces]
-    lines = [[_place(_mean(part), x, y) for part in piece] for piece in stretches]
-    bands = [_band(piece, x, y) for piece in stretches] if size > 1 else []
-    return Curve(
-        label,
-        show(pieces[-1][-1][1]) if pieces else "",
-        [_points(line) for line in lines],
-        [_points(band) for band in bands],
-        [place for line in lines for place in line if points <= 30 or len(line) == 1],
-    )
-
-
-def _finite_runs(series: Series) -> Iterator[Series]:
-    """The pieces between values that are not finite."""
-    piece: Series = []
-    for step, value in series:
-        if math.isfinite(value):
-            piece.append((step, value))
-        elif piece:
-            yield piece
-            piece = []
-    if piece:
-        yield piece
-
-
-def _mean(part: Series) -> tuple[float, float]:
-    return sum(s for s, _ in part) / len(part), sum(v for _, v in part) / len(part)
-
-
-def _band(piece: Sequence[Series], x: Axis, y: Axis) -> list[tuple[float, float]]:
-    """Outline of the least and greatest values of each stretch."""
-    least = [_place((_mean(part)[0], min(v for _, v in part)), x, y) for part in piece]
-    greatest = [_place((_mean(part)[0], max(v for _, v in part)), x, y) for part in piece]
-    return greatest + least[::-1]
-
-
-def _points(places: Sequence[tuple[float, float]]) -> str:
-    return " ".join(f"{a:g},{b:g}" for a, b in places)
-
-
-def _place(point: tuple[float, float], x: Axis, y: Axis) -> tuple[float, float]:
-    return _percent(x.at(point[0])), _percent(1 - y.at(point[1]))
-
-
-def _percent(part: float) -> float:
-    return round(100 * part, 2) + 0.0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -759,7 +538,7 @@ def _is_finished(run: RunFiles) -> bool:
 
 
 def _headline(run: RunFiles) -> str:
-    ratio, speed = _number(run.summary.get("fd_ratio")), _number(run.summary.get("speedup"))
+    ratio, speed = number(run.summary.get("fd_ratio")), number(run.summary.get("speedup"))
     if _is_finished(run) and ratio is not None and speed is not None:
         return (
             f"At one step, the student’s distance is {show(ratio)} times its teacher’s, and it is "
@@ -767,7 +546,7 @@ def _headline(run: RunFiles) -> str:
         )
     if _is_finished(run):
         return "The run is finished."
-    total, best = _number(run.option("distill", "max_train_steps")), run.best()
+    total, best = number(run.option("distill", "max_train_steps")), run.best()
     if run.last_step == 0:
         return "This run is not finished: it has not begun to distil."
     done = f"step {run.last_step:,}" + (f" of {show(total)}" if total else "")
@@ -788,7 +567,7 @@ def _facts(run: RunFiles) -> list[str]:
         _count(run.summary.get("critic_updates"), "critic updates"),
         _count(run.summary.get("images_seen"), "images seen"),
     ]
-    distil, wall = _number(run.summary.get("distil_seconds")), _number(run.summary.get("wall_seconds"))
+    distil, wall = number(run.summary.get("distil_seconds")), number(run.summary.get("wall_seconds"))
     if distil is None and run.metrics.get("seconds"):
         distil = run.metrics["seconds"][-1][1]
     if distil is not None:
@@ -797,8 +576,8 @@ def _facts(run: RunFiles) -> list[str]:
 
 
 def _count(value: Any, what: str) -> str | None:
-    number = _number(value)
-    return None if number is None else f"{show(number)} {what}"
+    found = number(value)
+    return None if found is None else f"{show(found)} {what}"
 
 
 def _cautions(run: RunFiles) -> Iterator[str]:
@@ -806,7 +585,7 @@ def _cautions(run: RunFiles) -> Iterator[str]:
     teacher, student = run.final("teacher"), run.final("student")
     poor = []
     for name in ("recall", "diversity"):
-        ours, theirs = _number(student.get(name)), _number(teacher.get(name))
+        ours, theirs = number(student.get(name)), number(teacher.get(name))
         if ours is not None and theirs is not None and ours < theirs / 2:
             poor.append(f"{name} {ours:.3f} against {theirs:.3f}")
     if poor:
@@ -818,7 +597,7 @@ def _cautions(run: RunFiles) -> Iterator[str]:
             "The last evaluation was the best, so the student may still be improving: "
             "the same command with a larger --max-train-steps goes on from here."
         )
-    updates = _number(run.summary.get("generator_updates"))
+    updates = number(run.summary.get("generator_updates"))
     if updates is not None and run.last_step > updates:
         yield (
             f"The run has gone on to step {run.last_step:,} since its final figures were taken at step "
@@ -833,7 +612,7 @@ def _cautions(run: RunFiles) -> Iterator[str]:
 
 def _comparison_caption(run: RunFiles) -> str:
     text = "Each column starts from the same noise."
-    nfe = _number(run.final("teacher").get("nfe"))
+    nfe = number(run.final("teacher").get("nfe"))
     if nfe:
         text += f" The student evaluates its network once, the teacher {show(nfe)} times."
     classes = run.student.get("classes")
@@ -868,7 +647,7 @@ def _figures(run: RunFiles) -> list[FigureRow]:
     names = [n for n in (*FIGURES, *sorted({*teacher, *student} - set(FIGURES))) if n in teacher or n in student]
     rows = []
     for name in names:
-        a, b = _number(teacher.get(name)), _number(student.get(name))
+        a, b = number(teacher.get(name)), number(student.get(name))
         if a is None and b is None:
             continue
         title, hint = FIGURES.get(name, (name, ""))
@@ -888,7 +667,7 @@ def _cell(name: str, value: float | None) -> Cell:
 
 
 def _figures_note(run: RunFiles) -> str:
-    samples, reference = _number(run.summary.get("samples")), _number(run.summary.get("reference_images"))
+    samples, reference = number(run.summary.get("samples")), number(run.summary.get("reference_images"))
     if samples is None:
         return ""
     against = f", measured against {show(reference)} real images" if reference else ""
@@ -911,7 +690,7 @@ def _evaluations(run: RunFiles) -> Evaluations | None:
     steps = list(by_step["fd"])
     every = math.ceil(len(steps) / MAX_ROWS)
     kept = [s for i, s in enumerate(steps) if i % every == 0 or s in (best[0], steps[-1])]
-    rows = [(f"{s:,}", [_cell(n, _number(by_step[n].get(s))) for n in columns]) for s in kept]
+    rows = [(f"{s:,}", [_cell(n, number(by_step[n].get(s))) for n in columns]) for s in kept]
     names = [FIGURES[n][0] or "Distance" for n in columns]
     return Evaluations(names, rows, kept.index(best[0]), len(steps) - len(kept))
 
@@ -936,7 +715,7 @@ def _command(run: RunFiles) -> list[str]:
 
 
 def _launcher(run: RunFiles) -> list[str]:
-    processes = _number(run.environment.get("processes"))
+    processes = number(run.environment.get("processes"))
     if processes is None or processes <= 1:
         return ["python"]
     return ["accelerate", "launch", "--num_processes", f"{processes:.0f}"]

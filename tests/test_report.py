@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from dmd import report
+from dmd import plots, report
 from dmd.config import preset, to_json
 from dmd.data.images import to_uint8
 from dmd.evaluation import save_grid
@@ -326,7 +326,7 @@ def test_long_runs_are_drawn_as_means_on_a_band(folder):
     lines = [{"step": k, "loss/fake": 100.0 if k == 7777 else 1.0, "grad/fake": 1.0} for k in range(1, 20_001)]
     write_lines(folder / "metrics.jsonl", lines)
     (curve,) = report.page(report.read(folder)).losses[0].curves
-    assert sum(len(s.split()) for s in curve.segments) <= report.MAX_POINTS
+    assert sum(len(s.split()) for s in curve.segments) <= plots.MAX_POINTS
     heights = [float(p.split(",")[1]) for p in curve.bands[0].split()]
     assert min(heights) == 0.0, "the spike of a single step can be seen"
     assert report.write(folder).stat().st_size < 200_000
@@ -467,14 +467,14 @@ def test_differences_from_the_preset(folder):
     ],
 )  # fmt: skip
 def test_numbers(value, text):
-    assert report.show(value) == text
+    assert plots.show(value) == text
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0.4, "0 s"), (31.3, "31 s"), (59.7, "1 min 0 s"), (81.3, "1 min 21 s"), (9000, "2 h 30 min")]
 )
 def test_durations(seconds, text):
-    assert report.duration(seconds) == text
+    assert plots.duration(seconds) == text
 
 
 VALUES = st.floats(-1e30, 1e30).filter(lambda v: v == 0 or abs(v) > 1e-30)
@@ -482,16 +482,16 @@ VALUES = st.floats(-1e30, 1e30).filter(lambda v: v == 0 or abs(v) > 1e-30)
 
 @given(VALUES, VALUES)
 def test_linear_axes_cover_their_values_with_few_distinct_labels(a, b):
-    axis = report.linear_axis(min(a, b), max(a, b))
-    texts, _ = report._tick_texts(axis)
+    axis = plots.linear_axis(min(a, b), max(a, b))
+    texts, _ = plots.tick_texts(axis)
     assert axis.at(min(a, b)) >= -1e-6 and axis.at(max(a, b)) <= 1 + 1e-6
     assert 2 <= len(texts) == len(set(texts)) <= 7
 
 
 @given(st.floats(1e-30, 1e30), st.floats(1.01, 1e12))
 def test_logarithmic_axes_cover_their_values_with_few_distinct_labels(low, ratio):
-    axis = report.log_axis(low, low * ratio)
-    texts, _ = report._tick_texts(axis)
+    axis = plots.log_axis(low, low * ratio)
+    texts, _ = plots.tick_texts(axis)
     assert axis.at(low) >= -1e-9 and axis.at(low * ratio) <= 1 + 1e-9
     assert all(-1e-9 <= axis.at(t) <= 1 + 1e-9 for t in axis.ticks)
     assert 1 <= len(texts) == len(set(texts)) <= 7
@@ -499,8 +499,8 @@ def test_logarithmic_axes_cover_their_values_with_few_distinct_labels(low, ratio
 
 @given(st.integers(1, 10**9))
 def test_step_axes_end_at_the_last_step(last):
-    axis = report.step_axis(last)
-    texts = report._step_texts(axis)
+    axis = plots.step_axis(last)
+    texts = plots.step_texts(axis)
     assert axis.at(last) == 1 and max(axis.ticks) <= last
     assert len(texts) == len(set(texts)) <= 6
 
