@@ -227,9 +227,9 @@ def _match_layout(optimizer: Optimizer) -> None:
     """Lay moments out in memory as their parameters are, which files forget.
 
     Fused optimisers walk both in storage order: contiguous moments of a channels-last weight would be those of other
-    elements.
+    elements. The copy also lets go of the file, which `load_file` maps into memory.
     """
     for parameter, entry in optimizer.state.items():
         for name, value in entry.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
-                entry[name] = torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)
+            like = parameter if value.shape == parameter.shape else value
+            entry[name] = torch.empty_like(like, dtype=value.dtype, device=value.device).copy_(value)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from small import lines
 
+from dmd import report
 from dmd.cli import train
 from dmd.metrics import networks
 
@@ -48,6 +49,16 @@ class World:
         }
 
 
+def no_report(folder: Path) -> Path:
+    return folder / "report.html"
+
+
+@pytest.fixture(autouse=True)
+def without_report(monkeypatch):
+    """The report has tests of its own and takes longer than these runs."""
+    monkeypatch.setattr(report, "write", no_report)
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> World:
     """Made by the command itself. Only the classifier of the metric is trained less than it would be."""
@@ -58,6 +69,7 @@ def world(tmp_path_factory) -> World:
         write_images(made.root / "data" / f"{name}.npz", rng, count)
     fit = networks._fit
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "write", no_report)
         patch.setattr(networks, "_fit", lambda data, seed, steps: fit(data, seed, 5))
         train.main(made.flags(made.reference))
     return made

@@ -69,12 +69,12 @@ def kill_repeatedly(processes, directory: Path, kills: int, seed: int, steps: in
 
 
 def test_three_kills_cost_nothing_that_was_saved(processes, tmp_path):
-    assert kill_repeatedly(processes, tmp_path, kills=3, seed=0, steps=20) == 3
+    assert kill_repeatedly(processes, tmp_path, kills=3, seed=0, steps=12) == 3
 
 
 @pytest.mark.slow
 def test_twentyfive_kills_cost_nothing_that_was_saved(processes, tmp_path):
-    assert kill_repeatedly(processes, tmp_path, kills=25, seed=1, steps=120) == 25
+    assert kill_repeatedly(processes, tmp_path, kills=25, seed=1, steps=100) == 25
 
 
 # ---- full disk -----------------------------------------------------------------------------------------------------
@@ -117,12 +117,12 @@ def disk(tmp_path):
     if done.returncode:
         pytest.skip(f"a small disk cannot be mounted here: {done.stderr.strip()}")
     yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("left", [0, 8, 120, 400], ids="{}KiB".format)
-def test_a_full_disk_is_named_and_the_command_goes_on_when_there_is_space(world, refused, disk, left):
-    """With a limit of one checkpoint, whatever the disk has no space for: configuration, figures or weights."""
+@pytest.mark.parametrize("part", [0.0, 0.05, 0.5, 0.9])
+def test_a_full_disk_is_named_and_the_command_goes_on_when_there_is_space(world, refused, disk, part):
+    """There is space for part of a checkpoint, so configuration, figures or weights do not fit."""
     out = disk / "run"
     flags = world.flags(out, "--checkpoints-total-limit", "1", "--eval-every", "0")
     with pytest.MonkeyPatch.context() as patch:
@@ -134,7 +134,8 @@ def test_a_full_disk_is_named_and_the_command_goes_on_when_there_is_space(world,
     with open(ballast, "wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(bytes(4096))
-    os.truncate(ballast, ballast.stat().st_size - left * 1024)
+    space = int(part * sum(p.stat().st_size for p in old.iterdir()))
+    os.truncate(ballast, ballast.stat().st_size - space)
     sentence = refused(train.main, flags)
     assert re.search(r"disk.*No space left on device", sentence)
     assert checkpoint.latest(out / "checkpoints") == old and len(list(old.parent.iterdir())) == 1

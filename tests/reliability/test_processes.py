@@ -1,0 +1,224 @@
+"""Several processes: the same samples, the same training, the same stop."""
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import small
+import torch
+from small import Job, assert_same
+
+from dmd import checkpoint
+from dmd.batches import Share
+
+ROOT = Path(__file__).parents[2]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+
+
+def start(arguments: list[str]) -> subprocess.Popen:
+    command = [*TORCHRUN, *arguments]
+    return subprocess.Popen(command, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def finish(process: subprocess.Popen) -> tuple[str, str]:
+    try:
+        return process.communicate(timeout=180)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # not killed, since it has to end its own processes
+        process.wait(60)
+        raise
+
+
+# ---- one process against two ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_processes_and_micro_batches_share_the_samples_of_one(tmp_path, world_size, accumulation):
+    """Side by side, the parts hold the same noises, conditions, times and pairs as the whole, each once."""
+    job = Job(str(tmp_path / "run"), critic_steps=2)
+    _, batches = small.build(job, Share())
+    for step in (0, 5):
+        (whole,), ((critic,),) = batches(step).batches, batches(step).critic
+        parts, critics = [], []
+        for rank in range(world_size):
+            iteration = dataclasses.replace(batches, share=Share(rank, world_size, accumulation))(step)
+            parts += iteration.batches
+            critics += iteration.critic[0]
+        for name in ("z", "z_ref", "y_ref", "t", "noise", "critic_t", "critic_noise"):
+            assert torch.equal(torch.cat([getattr(p, name) for p in parts]), getattr(whole, name)), name
+        own = 12 // len(parts)
+        label = torch.cat([p.cond["label"][:own] for p in parts] + [p.cond["label"][own:] for p in parts])
+        assert torch.equal(label, whole.cond["label"])
+        for name in ("z", "t", "noise"):
+            assert torch.equal(torch.cat([getattr(c, name) for c in critics]), getattr(critic, name)), name
+
+
+VARIANTS = [{}, {"accumulation": 3, "critic_steps": 2}, {"bf16": True}]
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """For each variant, run by two processes: (job, undisturbed result, result after stops) of both ranks."""
+    root = tmp_path_factory.mktemp("together")
+    jobs: list[Job] = []
+    for i, variant in enumerate(VARIANTS):
+        jobs.append(Job(str(root / f"{i}-whole"), **variant))
+        stopped = Job(str(root / f"{i}-stopped"), **variant)
+        jobs += [dataclasses.replace(stopped, stop_at=step, stop_rank=step % 2) for step in range(6)]
+        jobs.append(stopped)
+    small.pair_store(root / "pairs")
+    (root / "jobs.json").write_text(json.dumps([dataclasses.asdict(job) for job in jobs]))
+    process = start([str(Path(small.__file__)), str(root / "jobs.json")])
+    _, err = finish(process)
+    assert process.returncode == 0, err
+    results = [
+        [torch.load(root / f"jobs-{i}-{rank}.pt", weights_only=True) for rank in range(2)] for i in range(len(jobs))
+    ]
+    size = len(jobs) // len(VARIANTS)
+    return [(jobs[i * size], results[i * size : (i + 1) * size]) for i in range(len(VARIANTS))]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("variant", range(len(VARIANTS)))
+def test_two_processes_stopped_after_every_step_end_the_same(together, variant):
+    """The signal comes to either process; both stop after the same step and hold the same weights."""
+    _, (whole, *stops, last) = together[variant]
+    for step, (first, second) in enumerate(stops):
+        assert first["progress"]["step"] == second["progress"]["step"] == step + 1
+    for rank in range(2):
+        assert_same(last[rank], whole[rank])
+    for name in ("modules", "moments", "groups"):
+        assert_same(whole[1][name], whole[0][name])
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("variant", [0, 1])
+def test_two_processes_train_as_one_does(together, variant):
+    """Sums of 6 + 6 rows and of 12 rows round differently, by some 1e-7 of a gradient, and nothing else differs.
+
+    The losses of the first steps show this. Adam then divides each gradient by its own size, so where one is almost
+    zero its sign, and with it up to a learning rate (1e-2, rising from a third of that) per step, is up to rounding:
+    weights agree to a small part of the distance that they can move.
+    """
+    job, (two, *_) = together[variant]
+    job = dataclasses.replace(job, directory=job.directory + "-alone", log=1)
+    one = small.bare(job)
+    first = next(r for r in two[0]["records"] if "loss/fake" in r)
+    four = [r for r in one["records"] if "loss/fake" in r][:4]
+    for name in ("loss/fake", "loss/matching", "loss/regression"):
+        assert sum(r[name] for r in four) / 4 == pytest.approx(first[name], rel=2e-5)
+    for name, weights in one["modules"]["student"].items():
+        other = two[0]["modules"]["student"][name]
+        assert (weights - other).abs().mean() < 1e-4, name
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_first_losses_of_one_and_two_processes_agree(tmp_path):
+    """Before any update, only the order of sums differs."""
+    job = Job(str(tmp_path / "two"), steps=1, log=1)
+    small.pair_store(tmp_path / "pairs")
+    (tmp_path / "jobs.json").write_text(json.dumps([dataclasses.asdict(job)]))
+    process = start([str(Path(small.__file__)), str(tmp_path / "jobs.json")])
+    _, err = finish(process)
+    assert process.returncode == 0, err
+    expected, found = small.bare(job)["records"][0], small.lines(Path(job.directory))[0]
+    for name in ("loss/fake", "loss/matching", "loss/regression", "grad/student", "grad/fake"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-6), name
+
+
+# ---- the command under torchrun ------------------------------------------------------------------------------------
+
+
+def command(world, out: Path, *more: str) -> list[str]:
+    return [str(ROOT / "train_dmd.py"), *world.flags(out, "--max-train-steps", "60", *more)]
+
+
+def workers(parent: int) -> list[int]:
+    """Training processes of a torchrun, by rank."""
+    found = {}
+    for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        ranks = [v for v in variables if v.startswith(b"RANK=")]
+        if ranks:
+            found[int(ranks[0][5:])] = int(pid)
+    return [found[rank] for rank in sorted(found)]
+
+
+def wait_for_step(out: Path, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while max((r["step"] for r in small.lines(out)), default=0) < step:
+        assert process.poll() is None and time.monotonic() < deadline, "it ended, or does not train"
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(world, tmp_path_factory):
+    out = tmp_path_factory.mktemp("two") / "run"
+    process = start(command(world, out))
+    _, err = finish(process)
+    assert process.returncode == 0, err
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("target", ["torchrun", "rank 0", "rank 1", "everyone"])
+def test_a_terminated_torchrun_saves_and_the_same_command_goes_on(world, undisturbed, tmp_path, target):
+    if not Path("/proc/self/task").is_dir():
+        pytest.skip("the processes of a torchrun are found through /proc")
+    out = tmp_path / "run"
+    process = start(command(world, out))
+    wait_for_step(out, 4, process)
+    ranks = workers(process.pid)
+    assert len(ranks) == 2
+    targets = {"torchrun": [process.pid], "rank 0": ranks[:1], "rank 1": ranks[1:], "everyone": [process.pid, *ranks]}
+    began = time.monotonic()
+    for pid in targets[target]:
+        os.kill(pid, signal.SIGTERM)
+    stdout, err = finish(process)
+    assert time.monotonic() - began < 30
+    step = int(re.search(r"stopped after step (\d+); the same command goes on", stdout)[1])
+    assert 4 <= step < 60
+    assert checkpoint.latest(out / "checkpoints").name == f"step-{step:08d}"
+    if target.startswith("rank"):
+        assert process.returncode == 0 and "Traceback" not in err
+    else:  # torchrun itself reports the signal that it got, with a traceback of its own and none of the processes'
+        assert err.count("Traceback") == err.count("SignalException: Process") == 1
+    process = start(command(world, out))
+    _, err = finish(process)
+    assert process.returncode == 0, err
+    assert world.outcome(out) == world.outcome(undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--batch-size", "5"], r"--batch-size 5 is not divisible by 2 processes x 1 accumulation steps"),
+        (["--learning-rate", "0.5"], r"holds another run \(learning_rate was 5e-05, now 0.5\)"),
+        (["--data", "nowhere"], r"nowhere does not exist"),
+    ],
+    ids=["every rank refuses", "only the first rank refuses", "no data"],
+)
+def test_two_processes_refuse_in_one_sentence_and_none_hangs(world, undisturbed, tmp_path, more, sentence):
+    process = start(command(world, undisturbed, *more))
+    began = time.monotonic()
+    _, err = finish(process)
+    assert process.returncode == 1 and time.monotonic() - began < 100
+    said = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and re.search(sentence, said[0])
+    assert re.findall(r"exitcode *: (-?\d+)", err)[-1] == "2"
+    assert "dmd/" not in re.sub(r"train_dmd.py FAILED", "", "".join(re.findall(r'File "(.*?)"', err)))
