@@ -135,7 +135,7 @@ class TeachBatches:
     Attributes:
         data: image numbers (B,) to (x0 (B, C, H, W) in [-1, 1], labels (B,)).
         size: how many images there are.
-        times: U[0, 1) numbers to t (the distribution of noise levels).
+        times: U(0, 1) numbers to t (the distribution of noise levels).
         classes: number of labels; a dropped label becomes `classes`, the empty condition.
         dropout: probability of dropping the label, for guidance.
         flip: mirror half of the images.

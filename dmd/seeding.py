@@ -81,8 +81,8 @@ def bits(seed: int, stream: Stream, step: int, index: Tensor, count: int) -> Ten
 
 
 def uniform(seed: int, stream: Stream, step: int, index: Tensor) -> Tensor:
-    """U[0, 1), shape (B,), float32 with 24 random bits, one number per sample."""
-    return (bits(seed, stream, step, index, 1)[:, 0] >> 8).float() * 2.0**-24
+    """U(0, 1), shape (B,), float32 with 23 random bits, one number per sample; never 0, where sigma may be 0, nor 1."""
+    return ((bits(seed, stream, step, index, 1)[:, 0] >> 9).float() + 0.5) * 2.0**-23
 
 
 def integers(seed: int, stream: Stream, step: int, index: Tensor, high: int) -> Tensor:

@@ -15,10 +15,10 @@ from dmd.noise import Karras
 
 
 def lognormal_times(schedule: Karras, mean: float = -1.2, std: float = 1.2) -> Callable[[Tensor], Tensor]:
-    """EDM's training distribution, ln sigma ~ N(mean, std^2), as a map from U[0, 1) to t."""
+    """EDM's training distribution, ln sigma ~ N(mean, std^2), as a map from U(0, 1) to t."""
 
     def times(u: Tensor) -> Tensor:
-        normal = torch.special.ndtri(u.double() + 2.0**-25)
+        normal = torch.special.ndtri(u.double())
         return schedule.inverse(torch.exp(mean + std * normal))
 
     return times

@@ -135,6 +135,19 @@ def test_denoising_loss_of_a_float32_network_is_its_native_error(schedule, famil
     torch.testing.assert_close(got, ((output - target) ** 2).mean(), rtol=1e-4, atol=0)
 
 
+def test_denoising_loss_is_finite_at_every_time_that_is_drawn(schedule, rng):
+    """Near t = 0 both the error and `out` of a flow network vanish; at t = 0 itself their ratio would be NaN."""
+    t = torch.tensor([0.5 * 2.0**-23, 1.5 * 2.0**-23, 1 - 2.0**-24])
+    x0, noise, output = torch.randn(3, 3, 8, generator=rng)
+    for prediction in (epsilon, velocity, flow, karras(0.5)):
+        if prediction is epsilon and float(schedule(torch.ones(1))[0]) == 0:
+            continue  # no signal is left at t = 1 of a linear schedule, so epsilon says nothing about x0
+        denoiser = NetworkDenoiser(Given(output), schedule, prediction)
+        x_t = schedule.diffuse(x0, noise, t)
+        loss = denoising_loss(denoiser(x_t, t, {}), x0, denoiser.coefficients(t, x_t)[1])
+        assert math.isfinite(float(loss))
+
+
 def test_denoising_loss_of_karras_is_edms_weighted_loss(rng):
     """lambda(sigma) = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 (arXiv 2206.00364, table 1)."""
     x0, x0_hat = torch.randn(2, 64, 3, generator=rng, dtype=torch.float64)

@@ -146,12 +146,11 @@ def test_normal_and_uniform_pass_kolmogorov_smirnov():
         assert scipy.stats.kstest(uniform, "uniform").pvalue > 1e-3
 
 
-def test_uniform_is_the_upper_24_bits():
+def test_uniform_is_the_upper_23_bits_and_a_half():
     index = torch.arange(2000)
     words = seeding.bits(0, Stream.LABEL, 0, index, 1)[:, 0].tolist()
     u = seeding.uniform(0, Stream.LABEL, 0, index)
-    assert u.tolist() == [(w // 256) / 2**24 for w in words]
-    assert float(u.min()) >= 0 and float(u.max()) < 1
+    assert u.tolist() == [(w // 512 + 0.5) / 2**23 for w in words]
 
 
 def test_extreme_bits_stay_finite(monkeypatch):
@@ -161,7 +160,7 @@ def test_extreme_bits_stay_finite(monkeypatch):
         x = seeding.normal(0, Stream.START, 0, torch.arange(1), (4,))
         assert bool(torch.isfinite(x).all())
         assert float(x.abs().max()) <= math.sqrt(-2 * math.log(2**-25)) + 1e-5
-        assert 0.0 <= float(seeding.uniform(0, Stream.START, 0, torch.arange(1))) < 1.0
+        assert 0.0 < float(seeding.uniform(0, Stream.START, 0, torch.arange(1))) < 1.0
 
 
 @pytest.mark.parametrize("high", [2, 10, 1000])
