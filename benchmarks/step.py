@@ -2,8 +2,8 @@
 
 The parts are the network calls that the method cannot do without: the student's forward and backward on noises and
 pairs, the real and the fake score's forward, the fake score's forward and backward. The iteration also draws its batch,
-diffuses, computes the losses, clips and checks gradients, updates two networks and an average. Printed: the part of
-the iteration that is bare (at least 95 % is the aim), model FLOPs utilisation (the parts' floating-point operations over what a large
+diffuses, computes the losses, clips and checks gradients, updates two networks and an average. Printed: how much of it
+is bare work (target: 95 % or more), model FLOPs utilisation (the parts' floating-point operations over what a large
 matrix product reaches on the same device), and how often each network was called (target: no hidden pass).
 """
 

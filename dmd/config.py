@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from tyro.conf import Suppress
+
 from dmd.errors import InputError
 
 
@@ -166,7 +168,7 @@ class RunOptions:
 class Config:
     """A whole run, from data to report."""
 
-    preset: str = "digits"
+    preset: Suppress[str] = "digits"  # the first word of a command, not a flag
     data: DataOptions = field(default_factory=DataOptions)
     teacher: TeacherOptions = field(default_factory=TeacherOptions)
     pairs: PairOptions = field(default_factory=PairOptions)
