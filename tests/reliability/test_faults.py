@@ -49,7 +49,7 @@ def kill_repeatedly(processes, directory: Path, kills: int, seed: int, steps: in
         deadline = time.monotonic() + 30
         while process.is_alive() and len(list(checkpoints.glob("*"))) == before and time.monotonic() < deadline:
             time.sleep(0.001)  # until it saves for the first time
-        time.sleep(rng.uniform(0.0, 0.12))
+        time.sleep(rng.uniform(0.0, 0.04))
         process.kill()
         process.join()
         hits += process.exitcode == -signal.SIGKILL
@@ -69,7 +69,7 @@ def kill_repeatedly(processes, directory: Path, kills: int, seed: int, steps: in
 
 
 def test_three_kills_cost_nothing_that_was_saved(processes, tmp_path):
-    assert kill_repeatedly(processes, tmp_path, kills=3, seed=0, steps=12) == 3
+    assert kill_repeatedly(processes, tmp_path, kills=3, seed=0, steps=20) == 3
 
 
 @pytest.mark.slow
