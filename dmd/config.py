@@ -35,7 +35,7 @@ class TeacherOptions:
 
     teacher: str | None = None
     """Folder of a teacher (config.json, model.safetensors). Left out, one is taught here, once, and cached."""
-    width: int = 32
+    width: int = 24
     """Channels of the UNet's first resolution."""
     multipliers: tuple[int, ...] = (1, 2)
     """Channels of each resolution as multiples of the width."""
@@ -43,9 +43,9 @@ class TeacherOptions:
     """Blocks per resolution."""
     attention: tuple[bool, ...] = (False, True)
     """Whether each resolution has self-attention."""
-    sigma_data: float = 0.5
+    sigma_data: float = 0.75
     """Standard deviation of the images in [-1, 1]."""
-    teach_steps: int = 4000
+    teach_steps: int = 3000
     """Updates of the teacher's own training."""
     teach_batch_size: int = 64
     """Images per update of the teacher, over all processes."""
@@ -65,7 +65,7 @@ class TeacherOptions:
 class PairOptions:
     """Noise-image pairs of the regression loss."""
 
-    pairs: int = 2000
+    pairs: int = 8000
     """How many pairs."""
     solver: Literal["heun", "ddim"] = "heun"
     """The teacher's deterministic sampler."""
@@ -83,7 +83,7 @@ class DistillOptions:
 
     objective: Literal["dmd", "matching", "regression"] = "dmd"
     """Both losses, or one alone (the paper's ablations)."""
-    max_train_steps: int = 1000
+    max_train_steps: int = 1500
     """Generator updates."""
     batch_size: int = 64
     """Unpaired noises per generator update, over all processes."""
@@ -91,23 +91,23 @@ class DistillOptions:
     """Noise-image pairs per generator update, over all processes."""
     match_pairs: bool = False
     """Match the paired samples too, as the paper does for text to image."""
-    learning_rate: float = 5e-5
+    learning_rate: float = 2e-3
     """Learning rate of the student."""
     fake_learning_rate: float | None = None
     """Learning rate of the fake score; the student's if left out."""
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     weight_decay: float = 0.01
-    lr_warmup_steps: int = 500
+    lr_warmup_steps: int = 50
     """Steps over which the learning rates rise linearly."""
-    lr_cooldown_steps: int = 0
+    lr_cooldown_steps: int = 750
     """Steps at the end over which the learning rates fall linearly to 0."""
     max_grad_norm: float = 10.0
     """Gradients are clipped to this norm, each network by itself."""
-    ema: float = 0.999
+    ema: float = 0.995
     """EMA decay of the student; the EMA is what users get."""
-    lambda_reg: float = 0.25
-    """Weight of the regression loss."""
+    lambda_reg: float = 4.0
+    """Weight of the regression loss. The paper's 0.25 is for LPIPS, whose values are far larger than squared errors."""
     regression: Literal["l2", "lpips-vgg", "lpips-alex", "lpips-squeeze"] = "l2"
     """Distance of the regression loss. The papers use LPIPS with VGG, which needs pretrained weights."""
     lpips_weights: str | None = None
@@ -307,24 +307,42 @@ def require_same(old: Config, new: Config, where: str) -> None:
                 )
 
 
-_SMALL = TeacherOptions(width=64, multipliers=(1, 2, 2), blocks=2, attention=(False, True, False))
-
 PRESETS: dict[str, Config] = {
-    # 8 x 8 handwritten digits; the whole chain in minutes on two CPU cores
+    # 8 x 8 handwritten digits: the whole chain in minutes on two CPU cores. Measured in docs/log.md.
     "digits": Config(),
+    # 28 x 28 clothes, padded to 32; for one GPU
     "fashion": Config(
         preset="fashion",
         data=DataOptions(data="data/fashion", size=32, channels=1),
-        teacher=_SMALL,
-        run=RunOptions(output_dir="runs/fashion"),
+        teacher=TeacherOptions(
+            width=64, multipliers=(1, 2, 2), blocks=2, attention=(False, True, False), sigma_data=0.7,
+            teach_steps=30_000, teach_batch_size=256, teach_lr=5e-4, teach_ema=0.9995,
+        ),
+        pairs=PairOptions(pairs=50_000),
+        distill=DistillOptions(
+            max_train_steps=30_000, batch_size=128, pair_batch_size=128, learning_rate=1e-4, lr_warmup_steps=500,
+            lr_cooldown_steps=10_000, ema=0.9995,
+        ),
+        evaluation=EvaluationOptions(eval_every=2000, eval_samples=5000, final_samples=10_000),
+        run=RunOptions(output_dir="runs/fashion", mixed_precision="bf16", checkpointing_steps=2000, log_every=100),
     ),
+    # 32 x 32 photographs: the paper's loss, rate and warm-up, a smaller network and fewer steps; for one GPU
     "cifar10": Config(
         preset="cifar10",
         data=DataOptions(data="data/cifar10", size=32, channels=3, flip=True),
-        teacher=_SMALL,
-        run=RunOptions(output_dir="runs/cifar10"),
+        teacher=TeacherOptions(
+            width=128, multipliers=(1, 2, 2), blocks=2, attention=(False, True, False), sigma_data=0.5,
+            teach_steps=100_000, teach_batch_size=256, teach_lr=4e-4, teach_ema=0.9998,
+        ),
+        pairs=PairOptions(pairs=100_000),
+        distill=DistillOptions(
+            max_train_steps=100_000, batch_size=256, pair_batch_size=256, learning_rate=5e-5, lr_warmup_steps=500,
+            lr_cooldown_steps=20_000, lambda_reg=0.25, regression="lpips-vgg", ema=0.9995,
+        ),
+        evaluation=EvaluationOptions(eval_every=5000, eval_samples=5000, final_samples=50_000),
+        run=RunOptions(output_dir="runs/cifar10", mixed_precision="bf16", checkpointing_steps=5000, log_every=100),
     ),
-}
+}  # fmt: skip
 
 
 def preset(name: str) -> Config:

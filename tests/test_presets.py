@@ -1,0 +1,51 @@
+"""The presets for real photographs, from data in ordinary layouts to the report; small enough for a CPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dmd.cli import train
+
+DATA = Path(os.environ.get("DMD_TEST_DATA", ""))
+
+SMALL = [
+    "--width", "8", "--multipliers", "1", "1", "--attention", "False", "True", "--blocks", "1",
+    "--teach-steps", "20", "--teach-batch-size", "16", "--pairs", "32", "--pair-shard-size", "16", "--teacher-steps", "3",
+    "--max-train-steps", "4", "--batch-size", "8", "--pair-batch-size", "4", "--eval-every", "2", "--eval-samples", "64",
+    "--final-samples", "64", "--mixed-precision", "no", "--lr-cooldown-steps", "2", "--report-to", "none",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (DATA / "unpack.py").exists(), reason="DMD_TEST_DATA does not name a folder of real data")
+@pytest.mark.parametrize(
+    ("preset", "packed", "flags", "metric"),
+    [
+        (
+            "cifar10",
+            "cifar10",
+            [
+                "--features", str(DATA / "resnet-cifar10/resnet56-4bfd9763.th"), "--regression", "lpips-alex",
+                "--lpips-weights", str(DATA / "lpips/alexnet_features.safetensors"),
+            ],
+            "FD-ResNet56",
+        ),
+        ("fashion", "fashion-mnist", [], "FD-SmallConvNet"),
+    ],
+)  # fmt: skip
+def test_photographs_are_distilled_from_their_files_to_the_report(tmp_path, preset, packed, flags, metric):
+    data, run = tmp_path / "data", tmp_path / "run"
+    subprocess.run([sys.executable, DATA / "unpack.py", packed, data, "--limit", "600"], check=True)
+    train.main(
+        [preset, "--data", str(data), "--output-dir", str(run), "--cache-dir", str(tmp_path / "c"), *SMALL, *flags]
+    )
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["metric"] == metric
+    assert summary["reference_images"] == 600
+    assert summary["student"]["fd"] > 0 and summary["fd_ratio"] == summary["student"]["fd"] / summary["teacher"]["fd"]
+    assert summary["generator_updates"] == 4 and summary["images_seen"] == 4 * (8 + 4)
+    assert (run / "report.html").stat().st_size > 10_000
