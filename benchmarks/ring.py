@@ -124,7 +124,7 @@ def distil(name: str, steps: int, batch: int, count: int) -> dict[str, float]:
     student, fake = copy.deepcopy(teacher), copy.deepcopy(teacher)
     first, second = (torch.optim.Adam(n.parameters(), RATE, betas=(0.9, 0.99)) for n in (student, fake))
     average = Ema(student.net, 0.999)
-    task = Distiller(student, real, fake, first, second, average, squared_distance, 1.0, 10.0, clip_and_check)
+    task = Distiller(student, real, fake, first, second, average, squared_distance, 0.25, 10.0, clip_and_check)
     spec = pairs.PairSpec("ring", "heun", 64, 1.0, 0, 1, (2,), 16384, 16384)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         list(pairs.make(Path(folder), spec, [0], lambda z, _: heun(real, schedule.start(z), spec.steps, {})))

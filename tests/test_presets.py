@@ -14,9 +14,9 @@ DATA = Path(os.environ.get("DMD_TEST_DATA", ""))
 
 SMALL = [
     "--width", "8", "--multipliers", "1", "1", "--attention", "False", "True", "--blocks", "1",
-    "--teach-steps", "20", "--teach-batch-size", "16", "--pairs", "32", "--pair-shard-size", "16", "--teacher-steps", "3",
-    "--max-train-steps", "4", "--batch-size", "8", "--pair-batch-size", "4", "--eval-every", "2", "--eval-samples", "64",
-    "--final-samples", "64", "--mixed-precision", "no", "--lr-cooldown-steps", "2", "--report-to", "none",
+    "--teach-steps", "20", "--teach-batch-size", "16", "--pairs", "32", "--pair-shard-size", "16",
+    "--teacher-steps", "3", "--max-train-steps", "4", "--batch-size", "8", "--pair-batch-size", "4",
+    "--eval-every", "2", "--eval-samples", "64", "--final-samples", "64", "--mixed-precision", "no", "--lr-cooldown-steps", "2", "--report-to", "none",
 ]  # fmt: skip
 
 
