@@ -16,7 +16,8 @@ SMALL = [
     "--width", "8", "--multipliers", "1", "1", "--attention", "False", "True", "--blocks", "1",
     "--teach-steps", "20", "--teach-batch-size", "16", "--pairs", "32", "--pair-shard-size", "16",
     "--teacher-steps", "3", "--max-train-steps", "4", "--batch-size", "8", "--pair-batch-size", "4",
-    "--eval-every", "2", "--eval-samples", "64", "--final-samples", "64", "--mixed-precision", "no", "--lr-cooldown-steps", "2", "--report-to", "none",
+    "--eval-every", "2", "--eval-samples", "64", "--final-samples", "64", "--lr-cooldown-steps", "2",
+    "--mixed-precision", "no", "--report-to", "none",
 ]  # fmt: skip
 
 
