@@ -30,7 +30,7 @@ from dmd.solvers import heun, one_step
 
 MODES, RADIUS, STD = 8, 2**0.5, 0.1
 SIGMA_DATA = 1.0  # radius^2 / 2: each coordinate has unit variance, as diffusion models expect
-RATE = 2e-3  # learning rate of all networks
+RATE = 4e-3  # learning rate of all networks
 FAMILIES: dict[str, tuple[Schedule, Prediction]] = {
     "ddpm": (DDPM(), velocity),
     "karras": (Karras(), karras(SIGMA_DATA)),
@@ -124,7 +124,7 @@ def distil(name: str, steps: int, batch: int, count: int) -> dict[str, float]:
     student, fake = copy.deepcopy(teacher), copy.deepcopy(teacher)
     first, second = (torch.optim.Adam(n.parameters(), RATE, betas=(0.9, 0.99)) for n in (student, fake))
     average = Ema(student.net, 0.999)
-    task = Distiller(student, real, fake, first, second, average, squared_distance, 0.25, 10.0, clip_and_check)
+    task = Distiller(student, real, fake, first, second, average, squared_distance, 1.0, 10.0, clip_and_check)
     spec = pairs.PairSpec("ring", "heun", 64, 1.0, 0, 1, (2,), 16384, 16384)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         list(pairs.make(Path(folder), spec, [0], lambda z, _: heun(real, schedule.start(z), spec.steps, {})))
@@ -153,7 +153,7 @@ def distil(name: str, steps: int, batch: int, count: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--schedule", choices=list(FAMILIES), help="one of them; all if left out")
-    parser.add_argument("--steps", type=int, default=4000, help="generator updates")
+    parser.add_argument("--steps", type=int, default=4500, help="generator updates")
     parser.add_argument("--batch", type=int, default=256, help="noises per update")
     parser.add_argument("--count", type=int, default=8192, help="samples that are measured")
     parser.add_argument("--quick", action="store_true", help="a fifth of the updates: a smoke test")
