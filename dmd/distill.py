@@ -124,7 +124,8 @@ class Distiller:
         """One generator update and 1 + len(iteration.critic) critic updates. Returns detached scalars.
 
         The first critic update uses the generator's own samples, so it costs no further pass of the student. Both
-        gradients are there before either network changes: a bad one stops the run with all weights as they were.
+        gradients are there before either network changes: a bad one stops the run with all weights as they were. A bad
+        gradient of a further critic update stops it before that update; the student has moved by then.
 
         Raises:
             NotFinite: (by `update`) a gradient or loss is NaN or infinite.
