@@ -165,7 +165,8 @@ def main() -> None:
     torch.set_num_threads(1)
     say_machine()
     print(
-        f"{'schedule':9}{'mode shares / (1/8)':>22}{'within 4 std':>14}{'MMD':>9}{'floor':>9}{'ODE':>9}{'untrained':>11}{'s':>7}"
+        f"{'schedule':9}{'mode shares / (1/8)':>22}{'within 4 std':>14}"
+        f"{'MMD':>9}{'floor':>9}{'ODE':>9}{'untrained':>11}{'s':>7}"
     )
     results = {}
     for name in [options.schedule] if options.schedule else FAMILIES:
