@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 
+from dmd.build import device_name
+
 
 def machine() -> dict[str, Any]:
     """Device, versions and commit."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu()
+    device = device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     git = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
         cwd=Path(__file__).parent,
@@ -60,10 +62,3 @@ def middle(times: list[float]) -> tuple[float, float]:
     """Median, and half of the range between the quartiles."""
     low, median, high = statistics.quantiles(times, n=4)
     return median, (high - low) / 2
-
-
-def _cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or "cpu"

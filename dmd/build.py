@@ -373,19 +373,30 @@ def environment(place: Workplace) -> dict[str, Any]:
     """Versions, commit, device and command: what a figure needs beside it."""
     import platform
 
-    device = torch.cuda.get_device_name(place.device) if place.device.type == "cuda" else platform.processor() or "cpu"
     return {
         "dmd": dmd.__version__,
         "commit": _commit(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "device": f"{place.device.type}: {device}",
+        "device": device_name(place.device),
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
         "processes": place.accelerator.num_processes,
         "command": sys.argv,
     }
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's or the processor's name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, device.type)
 
 
 def _commit() -> str | None:
