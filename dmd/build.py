@@ -255,11 +255,10 @@ def guided(config: Config, teacher: NetworkDenoiser, found: pixel.PixelConfig) -
 
 def many_step(config: Config, real: Guided) -> tuple[Generator, int]:
     """The teacher's sampler, and how many times a sample evaluates the network (guidance doubles each)."""
+    steps = config.pairs.teacher_steps
     solver, evaluations = SOLVERS[config.pairs.solver]
     per_step = 1 if real.scale == 1.0 else 2
-    return teacher_generator(real, solver, config.pairs.teacher_steps), per_step * evaluations(
-        config.pairs.teacher_steps
-    )
+    return teacher_generator(real, solver, steps), per_step * evaluations(steps)
 
 
 def make_pairs(config: Config, real: Guided, spec: pairs.PairSpec, place: Workplace, folder: Path) -> pairs.Pairs:

@@ -80,11 +80,3 @@ def _is_run(folder: Path) -> bool:
     except (OSError, ValueError):
         return (folder / "config.json").is_file() and (folder / "environment.json").is_file()
     return isinstance(raw, dict) and {"preset", "distill", "run"} <= raw.keys()
-
-
-def read_summary(folder: Path) -> dict[str, object]:
-    """summary.json of a finished run, or nothing."""
-    try:
-        return json.loads((folder / "summary.json").read_text())
-    except (OSError, ValueError):
-        return {}
