@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"__init__", "errors", "config", "seeding", "ema", "checkpoint", "log"},  # know nothing of diffusion
     {"noise", "denoiser", "mixture", "run"},
-    {"solvers", "losses", "pairs"},
+    {"solvers", "losses", "pairs", "codec"},
     {"distill", "generate", "batches", "teach"},
     {"teachers", "metrics", "data", "report", "plots"},  # the rim: each may be replaced
     {"build", "chain", "evaluation"},
@@ -107,7 +107,7 @@ def test_the_mathematics_knows_tensors_only(module):
 ALLOWED = {
     "distill": {"denoiser", "losses", "solvers", "ema"},
     "run": {"checkpoint", "log", "errors"},
-    "teachers": {"noise", "denoiser", "checkpoint", "errors"},
+    "teachers": {"noise", "denoiser", "codec", "checkpoint", "errors"},
     "metrics": {"data", "checkpoint", "log", "errors", "seeding"},
     "data": {"errors", "seeding", "log"},
     "pairs": {"checkpoint", "seeding", "errors"},
