@@ -1,0 +1,71 @@
+"""Codecs: images in [-1, 1] to the latents that a denoiser sees, and back.
+
+Networks may be bf16 or fp16; scaling and results are float32. A codec does not own its network's device, precision or
+`requires_grad`, and gradients pass through both directions.
+"""
+
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+class Codec(Protocol):
+    """Pixels to latents and back."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) in [-1, 1] to latents (B, c, h, w) of about unit variance, float32."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, c, h, w) to images (B, C, H, W), float32, not clamped to [-1, 1]."""
+
+
+class Identity:
+    """Latents are the pixels themselves."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        return images.float()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents.float()
+
+
+class KL:
+    """A variational autoencoder: latents = scale * (posterior mean - shift), as Stable Diffusion defines them.
+
+    Args:
+        vae: diffusers' AutoencoderKL.
+        scale, shift: its `scaling_factor` and `shift_factor` (0 where that is none).
+    """
+
+    def __init__(self, vae: Any, scale: float, shift: float = 0.0):
+        self.vae = vae
+        self.scale = scale
+        self.shift = shift
+
+    def encode(self, images: Tensor) -> Tensor:
+        mean = self.vae.encode(images.to(self.vae.dtype)).latent_dist.mean
+        return (mean.float() - self.shift) * self.scale
+
+    def decode(self, latents: Tensor) -> Tensor:
+        raw = latents.float() / self.scale + self.shift
+        return self.vae.decode(raw.to(self.vae.dtype)).sample.float()
+
+
+class Tiny:
+    """A distilled autoencoder (madebyollin/taesd): its latents are already those of the denoiser, up to a scale.
+
+    Args:
+        vae: diffusers' AutoencoderTiny.
+        scale: its `scaling_factor`.
+    """
+
+    def __init__(self, vae: Any, scale: float = 1.0):
+        self.vae = vae
+        self.scale = scale
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self.vae.encode(images.to(self.vae.dtype)).latents.float() * self.scale
+
+    def decode(self, latents: Tensor) -> Tensor:
+        raw = (latents.float() / self.scale).to(self.vae.dtype)
+        return self.vae.decode(raw).sample.float()

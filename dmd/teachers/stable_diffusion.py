@@ -1,0 +1,183 @@
+"""Stable Diffusion 1.x and 2.x as a denoiser: any pipeline in diffusers' folder layout, from the disk or the hub.
+
+Only safetensors are read, and no code but that of diffusers and transformers runs.
+"""
+
+import functools
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dmd import codec
+from dmd.codec import Codec
+from dmd.denoiser import Cond, NetworkDenoiser
+from dmd.errors import InputError
+from dmd.noise import DDPM
+from dmd.teachers import layout
+
+
+class TimestepNet(nn.Module):
+    """Adapter: tells a UNet the table index of the very noise level that x_t has.
+
+    Args:
+        unet: diffusers' UNet2DConditionModel, in any precision; inputs are cast to it.
+        schedule: the table that t is read in.
+    """
+
+    def __init__(self, unet: nn.Module, schedule: DDPM):
+        super().__init__()
+        self.unet = unet
+        self.schedule = schedule
+
+    def forward(self, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        """x_t (B, c, h, w), t (B,) in [0, 1], text (B, L, D); the network's raw output, shaped like x_t."""
+        dtype: Any = self.unet.dtype
+        return self.unet(x_t.to(dtype), self.schedule.index(t), text.to(dtype), return_dict=False)[0]
+
+
+class TextEncoder:
+    """Prompts to the conditions of a UNet.
+
+    Args:
+        tokenizer, network: transformers' CLIPTokenizer and CLIPTextModel.
+    """
+
+    def __init__(self, tokenizer: Any, network: Any):
+        self.tokenizer = tokenizer
+        self.network = network
+        self.length = min(tokenizer.model_max_length, network.config.max_position_embeddings)
+        self._warned = False
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Cond:
+        """{"text": (B, L, D) float32} on the network's device, L = 77 tokens for Stable Diffusion.
+
+        Longer prompts are cut; the first that is cut gives a warning, once per encoder.
+        """
+        prompts = list(prompts)
+        if not self._warned:
+            self._warn_if_cut(prompts)
+        tokens = self.tokenizer(
+            prompts, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
+        )
+        return {"text": self.network(tokens.input_ids.to(self.network.device))[0].float()}
+
+    @functools.cached_property
+    def null(self) -> Cond:
+        """The condition of the empty prompt, one row; computed once."""
+        return self.encode([""])
+
+    def _warn_if_cut(self, prompts: list[str]) -> None:
+        for ids in self.tokenizer(prompts, verbose=False).input_ids:
+            if len(ids) > self.length:
+                warnings.warn(
+                    f"a prompt has {len(ids)} tokens and the text encoder reads {self.length}: the last "
+                    f"{len(ids) - self.length} are dropped (further such prompts are not reported)",
+                    stacklevel=4,
+                )
+                self._warned = True
+                return
+
+
+@dataclass(frozen=True, eq=False)
+class StableDiffusion:
+    """A pipeline, read as a denoiser of latents.
+
+    Attributes:
+        denoiser: conditioned on {"text": (B, L, D)}; x0 are latents of about unit variance.
+        text: prompts to conditions; frozen.
+        codec: images in [-1, 1] to latents and back; frozen.
+        shape: (c, h, w) of the latents that the UNet was trained on.
+    """
+
+    denoiser: NetworkDenoiser
+    text: TextEncoder
+    codec: Codec
+    shape: tuple[int, int, int]
+
+    def encode(self, prompts: Sequence[str]) -> Cond:
+        """See `TextEncoder.encode`."""
+        return self.text.encode(prompts)
+
+    def null(self) -> Cond:
+        """The empty condition, one row."""
+        return self.text.null
+
+
+def load(
+    source: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    variant: str | None = None,
+    revision: str | None = None,
+    autocast: torch.dtype | None = None,
+) -> StableDiffusion:
+    """Read a Stable Diffusion pipeline.
+
+    Args:
+        source: a folder in diffusers' layout (with model_index.json), or an id on the hub, OWNER/NAME.
+        dtype: of the weights of all three networks; schedules, x0 and images are float32 whatever it is.
+        variant: e.g. "fp16", to read `diffusion_pytorch_model.fp16.safetensors`.
+        revision: branch, tag or commit on the hub.
+        autocast: see `NetworkDenoiser`.
+
+    Raises:
+        InputError: another kind of pipeline, missing or damaged files, pickles only, a schedule or prediction type that
+            is not of Stable Diffusion, or a hub id that cannot be had.
+    """
+    folder = layout.locate(source, variant, revision)
+    settings = layout.read(folder)
+    for part in layout.STEMS:
+        layout.weights(folder, part, variant)
+    from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    classes = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+    tokenizer = _tokenizer(folder)
+    unet = _network(UNet2DConditionModel, folder / "unet", variant, dtype, device)
+    vae = _network(classes[settings.vae], folder / "vae", variant, dtype, device).requires_grad_(False)
+    network = _network(CLIPTextModel, folder / "text_encoder", variant, dtype, device).requires_grad_(False)
+    if len(tokenizer) > network.config.vocab_size:
+        raise InputError(
+            f"{folder / 'tokenizer'} has {len(tokenizer)} tokens, but the text encoder knows "
+            f"{network.config.vocab_size}: they are not of one pipeline"
+        )
+    make = codec.KL if settings.vae == "AutoencoderKL" else codec.Tiny
+    return StableDiffusion(
+        NetworkDenoiser(TimestepNet(unet, settings.schedule), settings.schedule, settings.prediction, autocast).eval(),
+        TextEncoder(tokenizer, network),
+        make(vae, vae.config.scaling_factor),
+        settings.shape,
+    )
+
+
+def _network(kind: Any, folder: Path, variant: str | None, dtype: torch.dtype, device: torch.device | str) -> Any:
+    """A network of diffusers or transformers. Both would leave missing tensors at random with a mere warning."""
+    try:
+        network, info = kind.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, variant=variant, output_loading_info=True
+        )
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"{folder} holds no readable {kind.__name__}: {layout.first_sentence(error)}") from None
+    wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    if wrong:
+        raise InputError(f"{folder} lacks tensors of its {kind.__name__}: {len(wrong)} of them, such as {wrong[0]!r}")
+    return nn.Module.to(network, device=device, dtype=dtype).eval()  # diffusers' own `to` logs an empty notice
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import CLIPTokenizer
+
+    path = folder / "tokenizer"
+    try:
+        names = {p.name for p in path.iterdir()}
+        if not ({"vocab.json", "merges.txt"} <= names or "tokenizer.json" in names):
+            raise OSError("it needs vocab.json and merges.txt, or tokenizer.json")
+        return CLIPTokenizer.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises bare Exception for damaged files
+        raise InputError(f"{path} holds no readable CLIP tokenizer: {layout.first_sentence(error)}") from None
