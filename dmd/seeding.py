@@ -34,6 +34,8 @@ class Stream(enum.IntEnum):
     CONDITION_DROPOUT = 13
     CRITIC_START = 14  # fresh student samples for the critic's extra steps
     CRITIC_LABEL = 15
+    SHAPES_SCENE = 16  # what the world of captioned shapes shows
+    SHAPES_DRAWING = 17  # and where exactly: jitter of place, size and rotation
 
 
 _MASK = 0xFFFFFFFF
