@@ -5,6 +5,7 @@ All that can be refused is refused here, before a network is built: each in one 
 
 import json
 import re
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -260,4 +261,4 @@ def _check_safetensors(file: Path) -> None:
 def first_sentence(error: BaseException) -> str:
     """What an exception of another package says, without its advice."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return text.split(". ")[0].rstrip(".:")
+    return textwrap.shorten(text.split(". ")[0].rstrip(".:"), 200, placeholder=" ...")

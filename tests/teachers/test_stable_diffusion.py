@@ -454,7 +454,10 @@ def test_another_kind_of_pipeline_is_refused(folder, file, changes, sentence):
         (lambda f: (f / SCHEDULER).unlink(), r"scheduler_config.json cannot be read"),
         (lambda f: shutil.rmtree(f / "text_encoder"), r"text_encoder/config.json cannot be read"),
         (lambda f: shutil.rmtree(f / "tokenizer"), r"tokenizer holds no readable CLIP tokenizer"),
-        (lambda f: replace(f / "tokenizer" / "tokenizer.json", b"{"), r"tokenizer holds no readable CLIP tokenizer"),
+        (
+            lambda f: [replace(p, b"{") for p in (f / "tokenizer").iterdir()],
+            r"tokenizer holds no readable CLIP tokenizer",
+        ),
         (lambda f: (f / WEIGHTS).unlink(), r"diffusion_pytorch_model.safetensors does not exist: the download was"),
         (
             lambda f: (f / WEIGHTS).rename(f / f"{WEIGHTS}.incomplete"),
@@ -474,7 +477,7 @@ def test_another_kind_of_pipeline_is_refused(folder, file, changes, sentence):
         (lambda f: replace(f / WEIGHTS, b"version https://git-lfs.github.com/spec/v1\n"), r"is a git-lfs pointer"),
         (
             lambda f: drop(f / WEIGHTS, "conv_in.bias"),
-            r"unet lacks tensors of its UNet2DConditionModel: 1 of them, such as 'conv_in.bias'",
+            r"unet (lacks tensors of its|holds no readable) UNet2DConditionModel: .*conv_in.bias",
         ),
         (lambda f: edit(f / UNET, block_out_channels=[8, 8]), r"unet holds no readable UNet2DConditionModel: .* shape"),
         (lambda f: edit(f / TEXT, num_hidden_layers=3), r"text_encoder lacks tensors of its CLIPTextModel"),
@@ -482,7 +485,7 @@ def test_another_kind_of_pipeline_is_refused(folder, file, changes, sentence):
             lambda f: edit(f / TEXT, vocab_size=100),
             r"text_encoder (holds no readable|lacks tensors of its) CLIPText",
         ),
-        (lambda f: edit(f / VAE, layers_per_block=2), r"vae lacks tensors of its AutoencoderKL"),
+        (lambda f: edit(f / VAE, layers_per_block=2), r"vae (lacks tensors of its|holds no readable) AutoencoderKL"),
     ],
 )
 def test_a_damaged_folder_is_refused(folder, damage, sentence):
@@ -491,6 +494,7 @@ def test_a_damaged_folder_is_refused(folder, damage, sentence):
         stable_diffusion.load(folder)
     assert str(folder) in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < len(str(folder)) + 400
 
 
 def test_a_pickle_beside_safetensors_is_not_opened(folder):
