@@ -149,11 +149,11 @@ def locate(source: str | Path, variant: str | None, revision: str | None) -> Pat
     except (OSError, ValueError, RuntimeError) as error:
         if HF_HUB_OFFLINE:
             raise InputError(
-                f"{source} is not wholly in the hub's cache, and HF_HUB_OFFLINE keeps from downloading it: "
-                "unset that, or give a folder"
+                f"{source} is no folder, and as an id on the hub it is not wholly in the cache, while HF_HUB_OFFLINE "
+                "keeps from downloading: unset that, or give a folder"
             ) from None
         why = f"{type(error).__name__}: {first_sentence(error)}"
-        raise InputError(f"{source} cannot be had from the hub ({why})") from None
+        raise InputError(f"{source} is no folder, and as an id it cannot be had from the hub ({why})") from None
     return found
 
 
@@ -261,4 +261,4 @@ def _check_safetensors(file: Path) -> None:
 def first_sentence(error: BaseException) -> str:
     """What an exception of another package says, without its advice."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return textwrap.shorten(text.split(". ")[0].rstrip(".:"), 200, placeholder=" ...")
+    return textwrap.shorten(text.split(". ")[0].rstrip(".:"), 300, placeholder=" ...")

@@ -389,6 +389,14 @@ def replace(path, content):
     path.write_bytes(content)
 
 
+def add_token(path):
+    from transformers import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(path)
+    tokenizer.add_tokens(["<mine>"])
+    tokenizer.save_pretrained(path)
+
+
 def drop(path, name):
     """Remove a tensor from a file."""
     tensors = load_file(path)
@@ -458,6 +466,7 @@ def test_another_kind_of_pipeline_is_refused(folder, file, changes, sentence):
             lambda f: [replace(p, b"{") for p in (f / "tokenizer").iterdir()],
             r"tokenizer holds no readable CLIP tokenizer",
         ),
+        (lambda f: add_token(f / "tokenizer"), r"tokenizer has 517 tokens, but the text encoder knows 516"),
         (lambda f: (f / WEIGHTS).unlink(), r"diffusion_pytorch_model.safetensors does not exist: the download was"),
         (
             lambda f: (f / WEIGHTS).rename(f / f"{WEIGHTS}.incomplete"),
@@ -509,7 +518,9 @@ def test_what_is_neither_folder_nor_id_is_refused(source):
 
 
 def test_a_hub_id_that_is_not_cached_is_refused_offline():
-    with pytest.raises(InputError, match=r"owner/name is not wholly in the hub's cache, and HF_HUB_OFFLINE keeps"):
+    with pytest.raises(
+        InputError, match=r"owner/name is no folder, and as an id on the hub it is not wholly in the cache, while"
+    ):
         stable_diffusion.load("owner/name")
 
 
@@ -527,7 +538,7 @@ def test_a_cached_hub_id_is_read_offline(pipeline, tmp_path, monkeypatch, z):
     (cache / "snapshots" / commit / WEIGHTS).unlink()
     (cache / "blobs").mkdir()
     (cache / "blobs" / "0123.incomplete").write_bytes(b"")
-    with pytest.raises(InputError, match=r"missing, and \*.incomplete files|is not wholly in the hub's cache"):
+    with pytest.raises(InputError, match=r"missing, and \*.incomplete files|is not wholly in the cache"):
         stable_diffusion.load("owner/name")
 
 
@@ -579,7 +590,10 @@ def test_what_the_hub_says_is_one_sentence(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    with pytest.raises(InputError, match=r"^owner/name cannot be had from the hub \(OSError: 404 Client Error\)$"):
+    with pytest.raises(
+        InputError,
+        match=r"^owner/name is no folder, and as an id it cannot be had from the hub \(OSError: 404 Client Error\)$",
+    ):
         stable_diffusion.load("owner/name")
 
 
