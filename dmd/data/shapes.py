@@ -14,9 +14,9 @@ Coordinates are in pixels, x to the right and y downwards, from the top left cor
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ from torch import Tensor
 from dmd.data.images import Split
 from dmd.errors import InputError
 from dmd.seeding import Stream, bits
+
+T = TypeVar("T")
 
 SIZE = 64
 """Height and width of a drawing."""
@@ -34,11 +36,11 @@ COLOURS = {
     "green": (40, 160, 75),
     "blue": (35, 95, 220),
     "purple": (160, 60, 195),
-    "pink": (250, 150, 190),
+    "pink": (250, 140, 180),
     "black": (25, 25, 30),
     "white": (245, 245, 245),
 }
-"""Name to (red, green, blue), 0 to 255. Any two are at least 110 apart."""
+"""Name to (red, green, blue), 0 to 255. Any two are at least 120 apart."""
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 
@@ -187,28 +189,27 @@ def held_out(scene: Scene) -> bool:
 def scenes(seed: int, index: Tensor, split: Split | None = None) -> list[Scene]:
     """The scenes at int64 (N,) `index`, a function of seed, split and each index alone.
 
-    Half of all scenes (without a split) have one thing. Backgrounds, shapes, places and relations are uniform, colours uniform over
+    Half of all scenes have one thing. Backgrounds, shapes, places and relations are uniform, colours uniform over
     those that the background leaves, sizes over small, large and any; the second thing over what the first leaves.
+    A split shifts this a little, as it redraws what it lacks.
 
     Args:
         seed: 0 to 2^64 - 1.
         index: 0 to 2^56 - 1.
-        split: "train" redraws scenes that are `held_out` until they are not, "test" those that are not, None takes all.
+        split: "train" has no scene that is `held_out`, "test" has no other; None has all.
 
     Raises:
         ValueError: seed or index is out of its range.
     """
-    found: dict[int, Scene] = {}
-    rows, attempt = torch.arange(len(index)), 0
-    while len(rows):
-        for row, words in zip(
-            rows.tolist(), bits(seed, Stream.SHAPES_SCENE, attempt, index[rows], 8).tolist(), strict=True
-        ):
-            scene = _scene(words)
-            if split is None or held_out(scene) == (split == "test"):
-                found[row] = scene
-        rows, attempt = torch.tensor([row for row in rows.tolist() if row not in found], dtype=torch.int64), attempt + 1
-    return [found[row] for row in range(len(index))]
+    found: list[Scene | None] = [None] * len(index)
+    rows, attempt = list(range(len(index))), 0
+    while rows:
+        words = bits(seed, Stream.SHAPES_SCENE, attempt, index[rows], 8).tolist()
+        for row, drawn in zip(rows, map(_scene, words), strict=True):
+            if split is None or held_out(drawn) == (split == "test"):
+                found[row] = drawn
+        rows, attempt = [row for row in rows if found[row] is None], attempt + 1
+    return [each for each in found if each is not None]
 
 
 def scene(seed: int, index: int, split: Split | None = None) -> Scene:
@@ -218,17 +219,20 @@ def scene(seed: int, index: int, split: Split | None = None) -> Scene:
 
 def _scene(words: Sequence[int]) -> Scene:
     """A scene from eight random 32-bit words."""
-    choices = [lambda names, word=word: list(names)[len(names) * word >> 32] for word in words]
-    count, ground, first, second, size, size2, place, relation = choices
-    background = ground(COLOURS)
+
+    def choose(names: Iterable[T], word: int) -> T:
+        among = list(names)
+        return among[len(among) * words[word] >> 32]
+
+    background = choose(COLOURS, 0)
     visible = [pair for pair in PAIRS if pair[1] != background]
-    pair = first(visible)
+    shape, colour = choose(visible, 1)
     sizes = (*SIZES, None)
-    thing = Thing(*pair, size(sizes))
-    if count((1, 2)) == 1:
-        return Scene((thing,), place(PLACES), background)
-    other = Thing(*second([p for p in visible if p != pair]), size2(sizes))
-    return Scene((thing, other), relation(RELATIONS), background)
+    thing = Thing(shape, colour, choose(sizes, 2))
+    if choose((1, 2), 3) == 1:
+        return Scene((thing,), choose(PLACES, 4), background)
+    shape2, colour2 = choose([pair for pair in visible if pair != (shape, colour)], 5)
+    return Scene((thing, Thing(shape2, colour2, choose(sizes, 6))), choose(RELATIONS, 7), background)
 
 
 # ----------------------------------------------------------------------------- outlines
@@ -284,14 +288,14 @@ def outline(shape: str, x: Tensor, y: Tensor) -> Tensor:
     return second - _STAR_RIM * math.cos(math.radians(72))
 
 
-def _extent(shape: str, angle: float) -> tuple[float, float, float, float]:
-    """How far a turned shape reaches from its centre, in units: (left, right, up, down)."""
+def _extent(shape: str, angle: float) -> tuple[tuple[float, float], tuple[float, float]]:
+    """How far a turned shape reaches from its centre, in units: (left, right), (up, down)."""
     if shape in _RADIUS:
-        return (_RADIUS[shape],) * 4
+        return ((_RADIUS[shape],) * 2,) * 2
     cos, sin = math.cos(angle), math.sin(angle)
     xs = [cos * x - sin * y for x, y in _CORNERS[shape]]
     ys = [sin * x + cos * y for x, y in _CORNERS[shape]]
-    return -min(xs), max(xs), -min(ys), max(ys)
+    return (-min(xs), max(xs)), (-min(ys), max(ys))
 
 
 # ----------------------------------------------------------------------------- drawing
@@ -354,16 +358,16 @@ def _bare(thing: Thing, free: Sequence[float]) -> Figure:
 
 def _moved(figure: Figure, x: float, y: float) -> Figure:
     """The figure at (x, y), or as near as the margin allows."""
-    left, right, up, down = (figure.unit * e for e in _extent(figure.shape, figure.angle))
-    x = min(max(x, MARGIN + left), SIZE - MARGIN - right)
-    y = min(max(y, MARGIN + up), SIZE - MARGIN - down)
+    (left, right), (up, down) = _extent(figure.shape, figure.angle)
+    x = min(max(x, MARGIN + figure.unit * left), SIZE - MARGIN - figure.unit * right)
+    y = min(max(y, MARGIN + figure.unit * up), SIZE - MARGIN - figure.unit * down)
     return figure._replace(x=x, y=y)
 
 
 def _along(near: Figure, far: Figure, vertical: bool, free: Sequence[float]) -> tuple[float, float]:
     """Centres of two figures along the axis of their relation: the room that they leave is shared out at random."""
-    axis = slice(2, 4) if vertical else slice(0, 2)
-    (a, b), (c, d) = ([f.unit * e for e in _extent(f.shape, f.angle)[axis]] for f in (near, far))
+    a, b = (near.unit * e for e in _extent(near.shape, near.angle)[vertical])
+    c, d = (far.unit * e for e in _extent(far.shape, far.angle)[vertical])
     room = SIZE - 2 * MARGIN - GAP - (a + b + c + d)
     before, after = sorted(free)
     first = MARGIN + room * before + a
