@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from benchmarks.common import finish, say_machine
 from dmd import pairs, seeding
 from dmd.batches import DistillBatches, Share
-from dmd.denoiser import NetworkDenoiser, Prediction, flow, karras, velocity
+from dmd.denoiser import NetworkDenoiser, Prediction, karras, velocity
 from dmd.distill import Distiller
 from dmd.ema import Ema
 from dmd.losses import denoising_loss, squared_distance
@@ -36,7 +36,7 @@ RATE = 4e-3  # learning rate of all networks
 FAMILIES: dict[str, tuple[Schedule, Prediction]] = {
     "ddpm": (DDPM(), velocity),
     "karras": (Karras(), karras(SIGMA_DATA)),
-    "linear": (Linear(), flow),
+    "linear": (Linear(), karras(SIGMA_DATA)),
 }
 
 
