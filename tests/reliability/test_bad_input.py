@@ -149,7 +149,7 @@ RUNS = {
     "a changed learning rate": (
         lambda f: None,
         ["--learning-rate", "0.5"],
-        r"holds another run \(learning_rate was 5e-05, now 0.5\): give another --output-dir, or start over with --fre",
+        r"holds another run \(learning_rate was 0.002, now 0.5\): give another --output-dir, or start over with --fre",
     ),
     "a changed seed": (lambda f: None, ["--seed", "9"], r"holds another run \(seed was 0, now 9\)"),
     "an unknown key": (

@@ -208,7 +208,7 @@ def test_a_terminated_torchrun_saves_and_the_same_command_goes_on(world, undistu
     ("more", "sentence"),
     [
         (["--batch-size", "5"], r"--batch-size 5 is not divisible by 2 processes x 1 accumulation steps"),
-        (["--learning-rate", "0.5"], r"holds another run \(learning_rate was 5e-05, now 0.5\)"),
+        (["--learning-rate", "0.5"], r"holds another run \(learning_rate was 0.002, now 0.5\)"),
         (["--data", "nowhere"], r"nowhere does not exist"),
     ],
     ids=["every rank refuses", "only the first rank refuses", "no data"],
