@@ -32,8 +32,6 @@ class Stream(enum.IntEnum):
     TEACH_TIME = 11
     TEACH_NOISE = 12
     CONDITION_DROPOUT = 13
-    CRITIC_START = 14  # fresh student samples for the critic's extra steps
-    CRITIC_LABEL = 15
     SHAPES_SCENE = 16  # what the world of captioned shapes shows
     SHAPES_DRAWING = 17  # and where exactly: jitter of place, size and rotation
 
