@@ -11,7 +11,7 @@ from dmd.denoiser import Cond
 from dmd.distill import Batch, CriticBatch, Iteration
 from dmd.errors import InputError
 from dmd.pairs import Pairs
-from dmd.seeding import Stream
+from dmd.seeding import Stream, Streams
 
 Conditions = Callable[[Tensor], Cond]
 """Condition numbers (B,) int64 to what the networks take (labels, encoded prompts, ...)."""
@@ -76,39 +76,43 @@ class DistillBatches:
         return Iteration(batches, [[self._critic(step, k, i) for i in own] for k in extra])
 
     def _batch(self, step: int, index: Tensor, pair_index: Tensor) -> Batch:
-        z = self._normal(Stream.START, step, index)
+        matched = index
+        if self.match_pairs and len(index):
+            matched = torch.cat((index, self.batch_size + pair_index))
+        noises = (Stream.START, Stream.MATCH_NOISE, Stream.CRITIC_NOISE)
+        z, noise, critic_noise = self._normal(noises, step, matched)
+        z = z[: len(index)]
+        t, critic_t = seeding.uniform(self.seed, (Stream.MATCH_TIME, Stream.CRITIC_TIME), step, matched)
         number = seeding.integers(self.seed, Stream.LABEL, step, index, self.count)
         z_ref, y_ref = z[:0], z[:0]
         if self.pairs is not None and len(pair_index):
             chosen = seeding.integers(self.seed, Stream.PAIR_CHOICE, step, pair_index, len(self.pairs))
             z_ref, y_ref, number_ref = self.pairs[chosen]
             number = torch.cat((number, number_ref))
-        matched = index
-        if self.match_pairs and len(index):
-            matched = torch.cat((index, self.batch_size + pair_index))
         low, high = self.t_range
         return Batch(
             z=self._to(z),
             z_ref=self._to(z_ref),
             y_ref=self._to(y_ref),
             cond=self._cond(number),
-            t=self._to(low + (high - low) * seeding.uniform(self.seed, Stream.MATCH_TIME, step, matched)),
-            noise=self._to(self._normal(Stream.MATCH_NOISE, step, matched)),
-            critic_t=self._to(seeding.uniform(self.seed, Stream.CRITIC_TIME, step, matched)),
-            critic_noise=self._to(self._normal(Stream.CRITIC_NOISE, step, matched)),
+            t=self._to(low + (high - low) * t),
+            noise=self._to(noise),
+            critic_t=self._to(critic_t),
+            critic_noise=self._to(critic_noise),
         )
 
     def _critic(self, step: int, k: int, index: Tensor) -> CriticBatch:
         """Draws of the k-th further critic update; its indices lie beyond those of the generator's batch."""
         index = index + 2 * k * (self.batch_size + self.pair_batch_size)
+        z, noise = self._normal((Stream.START, Stream.CRITIC_NOISE), step, index)
         return CriticBatch(
-            z=self._to(self._normal(Stream.START, step, index)),
+            z=self._to(z),
             cond=self._cond(seeding.integers(self.seed, Stream.LABEL, step, index, self.count)),
             t=self._to(seeding.uniform(self.seed, Stream.CRITIC_TIME, step, index)),
-            noise=self._to(self._normal(Stream.CRITIC_NOISE, step, index)),
+            noise=self._to(noise),
         )
 
-    def _normal(self, stream: Stream, step: int, index: Tensor) -> Tensor:
+    def _normal(self, stream: Streams, step: int, index: Tensor) -> Tensor:
         return seeding.normal(self.seed, stream, step, index, self.shape)
 
     def _cond(self, number: Tensor) -> Cond:

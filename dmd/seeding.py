@@ -10,8 +10,12 @@ generator per sample costs more than a small network's step.
 
 import enum
 import math
+from collections.abc import Sequence
+from typing import TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -36,15 +40,21 @@ class Stream(enum.IntEnum):
     SHAPES_DRAWING = 17  # and where exactly: jitter of place, size and rotation
 
 
+Streams = Stream | Sequence[Stream]
+"""One stream, or several whose draws are stacked."""
+
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
+Words = TypeVar("Words", Tensor, NDArray[np.int64])
+
+
+def philox(counter: tuple[Words, ...], key: tuple[int, int]) -> tuple[Words, ...]:
     """Philox-4x32-10: four 32-bit words of the counter and two of the key to four random 32-bit words.
 
-    Words are held in int64 tensors of one broadcastable shape; the values are in [0, 2^32).
+    Words are held in int64 tensors or arrays of one broadcastable shape; the values are in [0, 2^32).
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -55,12 +65,13 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
     return c0, c1, c2, c3
 
 
-def bits(seed: int, stream: Stream, step: int, index: Tensor, count: int) -> Tensor:
+def bits(seed: int, stream: Streams, step: int, index: Tensor, count: int) -> Tensor:
     """Random 32-bit words, shape (B, count), int64 in [0, 2^32), one row per global sample index.
 
     Args:
         seed: 0 to 2^64 - 1.
-        stream: which independent sequence.
+        stream: which independent sequence. Several, here and below, give their draws stacked, shape (streams, B, ...),
+            for about the time of one: a small batch costs what its many operations cost to start.
         step: 0 to 2^32 - 1.
         index: (B,) int64, 0 to 2^56 - 1.
         count: words per sample.
@@ -73,28 +84,34 @@ def bits(seed: int, stream: Stream, step: int, index: Tensor, count: int) -> Ten
     if not 0 <= step <= _MASK:
         raise ValueError(f"step {step} is out of range: it must be at least 0 and below 2**32")
     blocks = -(-count // 4)
-    block = torch.arange(blocks, device=index.device)[None, :]
+    block = torch.arange(blocks, device=index.device)
     index = index[:, None]
-    high = ((index >> 32) & 0xFFFFFF) << 8 | int(stream)
-    words = philox((block, index & _MASK, torch.full_like(index, step), high), (seed & _MASK, seed >> 32))
-    return torch.stack(torch.broadcast_tensors(*words), dim=-1).reshape(len(index), 4 * blocks)[:, :count]
+    number = torch.tensor(stream, device=index.device)[..., None, None]
+    high = ((index >> 32) & 0xFFFFFF) << 8 | number
+    counter = (block, index & _MASK, torch.full_like(index, step), high)
+    key = (seed & _MASK, seed >> 32)
+    if index.device.type == "cpu":  # NumPy starts an operation in a third of torch's time, and there are 120
+        words = tuple(torch.from_numpy(w) for w in philox(tuple(c.numpy() for c in counter), key))
+    else:
+        words = philox(counter, key)
+    return torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(-2)[..., :count]
 
 
-def uniform(seed: int, stream: Stream, step: int, index: Tensor) -> Tensor:
+def uniform(seed: int, stream: Streams, step: int, index: Tensor) -> Tensor:
     """U(0, 1), shape (B,), float32 with 23 random bits, one number per sample; never 0, where sigma may be 0, nor 1."""
-    return ((bits(seed, stream, step, index, 1)[:, 0] >> 9).float() + 0.5) * 2.0**-23
+    return ((bits(seed, stream, step, index, 1)[..., 0] >> 9).float() + 0.5) * 2.0**-23
 
 
-def integers(seed: int, stream: Stream, step: int, index: Tensor, high: int) -> Tensor:
+def integers(seed: int, stream: Streams, step: int, index: Tensor, high: int) -> Tensor:
     """Uniform integers in [0, high), shape (B,), int64. The bias is below high / 2^32."""
-    return (bits(seed, stream, step, index, 1)[:, 0] * high) >> 32
+    return (bits(seed, stream, step, index, 1)[..., 0] * high) >> 32
 
 
-def normal(seed: int, stream: Stream, step: int, index: Tensor, shape: tuple[int, ...]) -> Tensor:
+def normal(seed: int, stream: Streams, step: int, index: Tensor, shape: tuple[int, ...]) -> Tensor:
     """N(0, I), shape (B, *shape), float32 (Box-Muller). The bits are equal on all devices, the last ulp may not be."""
     count = math.prod(shape)
     words = bits(seed, stream, step, index, 2 * -(-count // 2))
-    radius = torch.sqrt(-2.0 * torch.log(((words[:, 0::2] >> 8).float() + 0.5) * 2.0**-24))
-    angle = (words[:, 1::2] >> 8).float() * (2.0 * math.pi * 2.0**-24)
+    radius = torch.sqrt(-2.0 * torch.log(((words[..., 0::2] >> 8).float() + 0.5) * 2.0**-24))
+    angle = (words[..., 1::2] >> 8).float() * (2.0 * math.pi * 2.0**-24)
     pairs = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)
-    return pairs.flatten(1)[:, :count].reshape(len(index), *shape)
+    return pairs.flatten(-2)[..., :count].unflatten(-1, shape)

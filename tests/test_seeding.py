@@ -75,6 +75,18 @@ def test_bits_layout(seed, stream, step, index, count):
     assert seeding.bits(seed, stream, step, torch.tensor([index]), count)[0].tolist() == expected[:count]
 
 
+def test_several_streams_are_each_stream_stacked():
+    index, streams = torch.tensor([0, 9, 2**40 + 3]), (Stream.START, Stream.MATCH_NOISE, Stream.DATA)
+
+    def same(draw):
+        return torch.equal(draw(streams), torch.stack([draw(s) for s in streams]))
+
+    assert same(lambda s: seeding.bits(5, s, 2, index, 7))
+    assert same(lambda s: seeding.uniform(5, s, 2, index))
+    assert same(lambda s: seeding.integers(5, s, 2, index, 10))
+    assert same(lambda s: seeding.normal(5, s, 2, index, (3, 5, 5)))
+
+
 def test_normal_is_box_muller_of_the_bits():
     index = torch.arange(5)
     words = seeding.bits(3, Stream.PAIR, 7, index, 6).numpy().astype(np.float64)
