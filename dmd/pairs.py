@@ -107,7 +107,7 @@ def finish(folder: Path, spec: PairSpec) -> None:
 
 
 class Pairs:
-    """Read access to a complete store; files are memory-mapped, so only the pairs that are used cost memory.
+    """Read access to a complete store; files are memory-mapped, so only the images that are used cost memory.
 
     Raises:
         InputError: a shard is missing, truncated or altered.
@@ -120,17 +120,18 @@ class Pairs:
                 f"{folder} lacks {len(absent)} of {spec.shards} pair shards, first {absent[0]:05d}: make them"
             )
         self.spec = spec
-        self._shards = [load_file(folder / f"{i:05d}.safetensors") for i in range(spec.shards)]
+        shards = [load_file(folder / f"{i:05d}.safetensors") for i in range(spec.shards)]
+        self._images = [shard["image"] for shard in shards]
+        self._condition = torch.cat([shard["condition"] for shard in shards])
 
     def __len__(self) -> int:
         return self.spec.count
 
     def __getitem__(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(z, y, condition numbers) of pairs `index` (B,): float32 (B, C, H, W) twice, int64 (B,)."""
-        rows = [(self._shards[i // self.spec.shard_size], i % self.spec.shard_size) for i in index.tolist()]
-        y = torch.stack([shard["image"][row] for shard, row in rows]).float()
-        condition = torch.stack([shard["condition"][row] for shard, row in rows])
-        return self.spec.noise(index), y, condition
+        size = self.spec.shard_size
+        y = torch.stack([self._images[i // size][i % size] for i in index.tolist()]).float()
+        return self.spec.noise(index), y, self._condition[index]
 
 
 def _valid(folder: Path, shard: int) -> bool:
