@@ -26,8 +26,7 @@ class Ema:
     def update(self, source: nn.Module, updates: int) -> None:
         """Moves the shadow towards `source`; `updates` counts the updates before this one."""
         decay = min(self.decay, (1 + updates) / (10 + updates))
-        shadow = [p.data for p in self.shadow.parameters()]
-        current = [p.data.float() for p in source.parameters()]
-        torch._foreach_lerp_(shadow, current, 1.0 - decay)
+        current = [p.float() for p in source.parameters()]
+        torch._foreach_lerp_(list(self.shadow.parameters()), current, 1.0 - decay)
         for s, b in zip(self.shadow.buffers(), source.buffers(), strict=True):
             s.copy_(b)

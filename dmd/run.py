@@ -312,8 +312,11 @@ def clip_and_check(parameters: Sequence[nn.Parameter], max_norm: float, losses: 
         NotFinite: a gradient or loss is NaN or infinite; names which.
     """
     average_gradients(parameters)
-    norm = nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True)
-    if not bool(torch.isfinite(norm)):
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+    value = norm.item()
+    if not math.isfinite(value):
         values = {k: v.item() for k, v in losses.items()}
-        raise NotFinite(f"the gradient norm is {norm.item()} (losses: {values})")
+        raise NotFinite(f"the gradient norm is {value} (losses: {values})")
+    if value > max_norm:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
     return norm
