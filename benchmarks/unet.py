@@ -14,7 +14,7 @@ from benchmarks.common import finish, middle, say_machine, seconds
 from dmd import build
 from dmd.batches import Share, TeachBatches
 from dmd.config import preset
-from dmd.denoiser import NetworkDenoiser, karras
+from dmd.denoiser import Cond, NetworkDenoiser, karras
 from dmd.ema import Ema
 from dmd.noise import Karras
 from dmd.run import clip_and_check
@@ -62,9 +62,11 @@ def main() -> None:
     architecture = build.pixel_config(config, data)
     schedule = Karras()
     times = lognormal_times(schedule, t.p_mean, t.p_std)
-    draw = TeachBatches(
-        0, lambda i: (data.pixels(i), data.labels[i]), len(data), times, 10, t.teach_batch_size, Share()
-    )
+
+    def draw_data(index: torch.Tensor) -> tuple[torch.Tensor, Cond]:
+        return data.pixels(index), pixel.labels(data.labels[index])
+
+    draw = TeachBatches(0, draw_data, len(data), times, architecture.null(), t.teach_batch_size, Share())
     tasks = {}
     for name in ("ours", "diffusers"):
         if name == "ours":

@@ -10,6 +10,7 @@ from dmd import seeding
 from dmd.denoiser import Cond
 from dmd.distill import Batch, CriticBatch, Iteration
 from dmd.errors import InputError
+from dmd.noise import expand
 from dmd.pairs import Pairs
 from dmd.seeding import Stream, Streams
 
@@ -137,19 +138,19 @@ class TeachBatches:
     """Draws the batches of `dmd.teach`.
 
     Attributes:
-        data: image numbers (B,) to (x0 (B, C, H, W) in [-1, 1], labels (B,)).
+        data: numbers (B,) to (x0 (B, C, H, W), conditions of B rows).
         size: how many images there are.
         times: U(0, 1) numbers to t (the distribution of noise levels).
-        classes: number of labels; a dropped label becomes `classes`, the empty condition.
-        dropout: probability of dropping the label, for guidance.
+        null: the empty condition, tensors of one row, which takes the place of a dropped one.
+        dropout: probability of dropping the condition, for guidance.
         flip: mirror half of the images.
     """
 
     seed: int
-    data: Callable[[Tensor], tuple[Tensor, Tensor]]
+    data: Callable[[Tensor], tuple[Tensor, Cond]]
     size: int
     times: Callable[[Tensor], Tensor]
-    classes: int
+    null: Cond
     batch_size: int
     share: Share
     dropout: float = 0.1
@@ -160,14 +161,15 @@ class TeachBatches:
 
     def _batch(self, step: int, index: Tensor) -> TeachBatch:
         words = seeding.bits(self.seed, Stream.DATA, step, index, 2)
-        x0, label = self.data((words[:, 0] * self.size) >> 32)
+        x0, cond = self.data((words[:, 0] * self.size) >> 32)
         if self.flip:
             x0 = torch.where((words[:, 1] & 1).bool()[:, None, None, None], x0.flip(-1), x0)
         dropped = seeding.uniform(self.seed, Stream.CONDITION_DROPOUT, step, index) < self.dropout
+        cond = {k: torch.where(expand(dropped, v), self.null[k], v) for k, v in cond.items()}
         device = self.share.device
         return TeachBatch(
             x0.to(device, non_blocking=True),
-            {"label": label.masked_fill(dropped, self.classes).to(device, non_blocking=True)},
+            {k: v.to(device, non_blocking=True) for k, v in cond.items()},
             self.times(seeding.uniform(self.seed, Stream.TEACH_TIME, step, index)).to(device, non_blocking=True),
             seeding.normal(self.seed, Stream.TEACH_NOISE, step, index, x0.shape[1:]).to(device, non_blocking=True),
         )

@@ -20,7 +20,7 @@ from torch import Tensor
 import dmd
 from dmd import checkpoint, log, pairs
 from dmd.batches import DistillBatches, Share, TeachBatches
-from dmd.config import Config, check
+from dmd.config import Config, RunOptions, check
 from dmd.data.images import ImageSet
 from dmd.denoiser import Guided, NetworkDenoiser
 from dmd.distill import Distance, Distiller
@@ -83,10 +83,15 @@ class Workplace:
 def workplace(config: Config) -> Workplace:
     """Start processes and choose the device."""
     check(config)
-    accelerator = Accelerator(cpu=config.run.cpu)
-    torch.backends.cuda.matmul.allow_tf32 = config.run.allow_tf32
-    torch.backends.cudnn.allow_tf32 = config.run.allow_tf32
-    return Workplace(accelerator, torch.bfloat16 if config.run.mixed_precision == "bf16" else None)
+    return start(config.run)
+
+
+def start(run: RunOptions) -> Workplace:
+    """As `workplace`, for commands without a whole config."""
+    accelerator = Accelerator(cpu=run.cpu)
+    torch.backends.cuda.matmul.allow_tf32 = run.allow_tf32
+    torch.backends.cudnn.allow_tf32 = run.allow_tf32
+    return Workplace(accelerator, torch.bfloat16 if run.mixed_precision == "bf16" else None)
 
 
 def image_set(config: Config, split: str = "train") -> ImageSet:
@@ -184,14 +189,14 @@ def teach(config: Config, data: ImageSet, place: Workplace, folder: Path) -> boo
     denoiser = pixel.build(architecture, config.run.seed, place.autocast).to(place.device)
     denoiser.net.to(memory_format=torch.channels_last)
     ema = Ema(denoiser.net, t.teach_ema)
-    optimizer = _adam(denoiser, t.teach_lr, (0.9, 0.99), 0.0)
+    optimizer = adam(denoiser.net, t.teach_lr, (0.9, 0.99), 0.0)
     assert isinstance(denoiser.schedule, Karras)
     batches = TeachBatches(
         config.run.seed,
-        lambda index: (data.pixels(index), data.labels[index]),
+        lambda index: (data.pixels(index), pixel.labels(data.labels[index])),
         len(data),
         lognormal_times(denoiser.schedule, t.p_mean, t.p_std),
-        len(data.classes),
+        architecture.null(),
         t.teach_batch_size,
         place.share(),
         t.label_dropout,
@@ -304,8 +309,8 @@ def distiller(config: Config, teacher: NetworkDenoiser, real: Guided, place: Wor
         student,
         real,
         fake,
-        _adam(student, d.learning_rate, betas, d.weight_decay),
-        _adam(fake, d.fake_learning_rate or d.learning_rate, betas, d.weight_decay),
+        adam(student.net, d.learning_rate, betas, d.weight_decay),
+        adam(fake.net, d.fake_learning_rate or d.learning_rate, betas, d.weight_decay),
         Ema(student.net, d.ema),
         metric,
         d.lambda_reg,
@@ -412,8 +417,9 @@ def _commit() -> str | None:
         return None
 
 
-def _adam(denoiser: NetworkDenoiser, lr: float, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
-    optimizer = torch.optim.AdamW(denoiser.net.parameters(), lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+def adam(net: torch.nn.Module, lr: float, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
+    """AdamW whose groups know their full rate, as `dmd.run` expects."""
+    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
     for group in optimizer.param_groups:
         group["initial_lr"] = lr
     return optimizer

@@ -46,7 +46,7 @@ def image(index):
     """Images whose left column is their number, right column zero; label number mod 5."""
     x = torch.zeros(len(index), *SHAPE)
     x[..., 0] = index.float()[:, None, None]
-    return x, index % 5
+    return x, {"label": index % 5}
 
 
 def teach(share=Share(), **changes):  # noqa: B008 (frozen)
@@ -55,7 +55,7 @@ def teach(share=Share(), **changes):  # noqa: B008 (frozen)
         "data": image,
         "size": 100,
         "times": lambda u: u,
-        "classes": 5,
+        "null": {"label": torch.tensor([5])},
         "batch_size": 16,
         "share": share,
     }

@@ -55,7 +55,7 @@ class Affine(nn.Module):
 
 
 def gaussian_images(index):
-    return MEAN + STD * seeding.normal(0, Stream.DATA, 12345, index, (1, 2, 2)), index * 0
+    return MEAN + STD * seeding.normal(0, Stream.DATA, 12345, index, (1, 2, 2)), {"label": index * 0}
 
 
 def build(lr):
@@ -66,7 +66,8 @@ def build(lr):
 
 def draws(batch_size=64, accumulation=1):
     times = lognormal_times(Karras(), -1.2, 1.2)
-    return TeachBatches(0, gaussian_images, 2**20, times, 1, batch_size, Share(accumulation=accumulation), dropout=0.0)
+    null, share = {"label": torch.tensor([1])}, Share(accumulation=accumulation)
+    return TeachBatches(0, gaussian_images, 2**20, times, null, batch_size, share, dropout=0.0)
 
 
 def test_a_teacher_of_gaussian_images_finds_the_analytic_denoiser():

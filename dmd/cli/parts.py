@@ -8,12 +8,14 @@ from typing import Annotated
 import tyro
 
 from dmd.cli import flags
-from dmd.config import Config
+from dmd.config import Config, RunOptions
 from dmd.errors import InputError
 
 
 def teach(argv: Sequence[str], prog: str) -> None:
     """Train a teacher and say where it is."""
+    if argv[:1] == ["shapes"]:
+        return flags.guarded(lambda: _teach_shapes(argv[1:], f"{prog} shapes"))
 
     def work(config: Config) -> None:
         from dmd import build
@@ -28,6 +30,15 @@ def teach(argv: Sequence[str], prog: str) -> None:
             print(f"teacher: {folder}")
 
     _with_config(argv, prog, "Train the many-step teacher on real images.", work)
+
+
+def _teach_shapes(argv: Sequence[str], prog: str) -> None:
+    from dmd import build, teach_shapes
+
+    options = flags.read(teach_shapes.ShapesOptions, argv, prog)
+    place = build.start(RunOptions(cpu=options.cpu, mixed_precision="bf16" if options.mixed_precision else "no"))
+    if teach_shapes.teach(options, place) and place.main:
+        print(f"teacher: {options.output_dir}")
 
 
 def pairs(argv: Sequence[str], prog: str) -> None:

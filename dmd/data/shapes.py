@@ -145,6 +145,11 @@ _WORDS = {"a", "at", "in", "the", "on", "background", *SIZES, *COLOURS, *SHAPES,
 _WORDS |= {word for relation in RELATIONS for word in relation.split()}
 
 
+def words() -> list[str]:
+    """All words of captions, in a fixed order."""
+    return sorted(_WORDS)
+
+
 def parse(text: str) -> Scene:
     """The scene of a caption; letter case, further spaces and a full stop at the end do not matter.
 

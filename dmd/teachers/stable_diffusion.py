@@ -138,19 +138,19 @@ def load(
     from transformers import CLIPTextModel
 
     classes = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
-    tokenizer = _tokenizer(folder)
+    text = tokenizer(folder / "tokenizer")
     unet = _network(UNet2DConditionModel, folder / "unet", variant, dtype, device)
     vae = _network(classes[settings.vae], folder / "vae", variant, dtype, device).requires_grad_(False)
     network = _network(CLIPTextModel, folder / "text_encoder", variant, dtype, device).requires_grad_(False)
-    if len(tokenizer) > network.config.vocab_size:
+    if len(text) > network.config.vocab_size:
         raise InputError(
-            f"{folder / 'tokenizer'} has {len(tokenizer)} tokens, but the text encoder knows "
+            f"{folder / 'tokenizer'} has {len(text)} tokens, but the text encoder knows "
             f"{network.config.vocab_size}: they are not of one pipeline"
         )
     make = codec.KL if settings.vae == "AutoencoderKL" else codec.Tiny
     return StableDiffusion(
         NetworkDenoiser(TimestepNet(unet, settings.schedule), settings.schedule, settings.prediction, autocast).eval(),
-        TextEncoder(tokenizer, network),
+        TextEncoder(text, network),
         make(vae, vae.config.scaling_factor),
         settings.shape,
     )
@@ -170,10 +170,10 @@ def _network(kind: Any, folder: Path, variant: str | None, dtype: torch.dtype, d
     return nn.Module.to(network, device=device, dtype=dtype).eval()  # diffusers' own `to` logs an empty notice
 
 
-def _tokenizer(folder: Path) -> Any:
+def tokenizer(path: Path) -> Any:
+    """transformers' CLIPTokenizer of a folder. Raises InputError if there is none, or a damaged one."""
     from transformers import CLIPTokenizer
 
-    path = folder / "tokenizer"
     try:
         names = {p.name for p in path.iterdir()}
         if not ({"vocab.json", "merges.txt"} <= names or "tokenizer.json" in names):

@@ -638,7 +638,7 @@ def test_the_real_tokenizer(tmp_path):
     from transformers import CLIPTextConfig
 
     shutil.copytree(DATA / "clip-tokenizer" / "hf", tmp_path / "tokenizer")
-    tokenizer = stable_diffusion._tokenizer(tmp_path)
+    tokenizer = stable_diffusion.tokenizer(tmp_path / "tokenizer")
     seen = []
 
     class Seeing(torch.nn.Module):
