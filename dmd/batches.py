@@ -82,9 +82,9 @@ class DistillBatches:
             matched = torch.cat((index, self.batch_size + pair_index))
         noises = (Stream.START, Stream.MATCH_NOISE, Stream.CRITIC_NOISE)
         z, noise, critic_noise = self._normal(noises, step, matched)
-        z = z[: len(index)]
-        t, critic_t = seeding.uniform(self.seed, (Stream.MATCH_TIME, Stream.CRITIC_TIME), step, matched)
-        number = seeding.integers(self.seed, Stream.LABEL, step, index, self.count)
+        single = (Stream.LABEL, Stream.MATCH_TIME, Stream.CRITIC_TIME)
+        label, t, critic_t = seeding.bits(self.seed, single, step, matched, 1)[..., 0]
+        z, number = z[: len(index)], seeding.as_integers(label[: len(index)], self.count)
         z_ref, y_ref = z[:0], z[:0]
         if self.pairs is not None and len(pair_index):
             chosen = seeding.integers(self.seed, Stream.PAIR_CHOICE, step, pair_index, len(self.pairs))
@@ -96,9 +96,9 @@ class DistillBatches:
             z_ref=self._to(z_ref),
             y_ref=self._to(y_ref),
             cond=self._cond(number),
-            t=self._to(low + (high - low) * t),
+            t=self._to(low + (high - low) * seeding.as_uniform(t)),
             noise=self._to(noise),
-            critic_t=self._to(critic_t),
+            critic_t=self._to(seeding.as_uniform(critic_t)),
             critic_noise=self._to(critic_noise),
         )
 

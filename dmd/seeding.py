@@ -98,14 +98,24 @@ def bits(seed: int, stream: Streams, step: int, index: Tensor, count: int) -> Te
     return torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(-2)[..., :count]
 
 
+def as_uniform(words: Tensor) -> Tensor:
+    """Random words as `uniform` numbers of the same shape."""
+    return ((words >> 9).float() + 0.5) * 2.0**-23
+
+
+def as_integers(words: Tensor, high: int) -> Tensor:
+    """Random words as `integers` of the same shape."""
+    return (words * high) >> 32
+
+
 def uniform(seed: int, stream: Streams, step: int, index: Tensor) -> Tensor:
     """U(0, 1), shape (B,), float32 with 23 random bits, one number per sample; never 0, where sigma may be 0, nor 1."""
-    return ((bits(seed, stream, step, index, 1)[..., 0] >> 9).float() + 0.5) * 2.0**-23
+    return as_uniform(bits(seed, stream, step, index, 1)[..., 0])
 
 
 def integers(seed: int, stream: Streams, step: int, index: Tensor, high: int) -> Tensor:
     """Uniform integers in [0, high), shape (B,), int64. The bias is below high / 2^32."""
-    return (bits(seed, stream, step, index, 1)[..., 0] * high) >> 32
+    return as_integers(bits(seed, stream, step, index, 1)[..., 0], high)
 
 
 def normal(seed: int, stream: Streams, step: int, index: Tensor, shape: tuple[int, ...]) -> Tensor:
