@@ -110,6 +110,8 @@ class Distiller:
         self.fake_optimizer = fake_optimizer
         self.ema = ema
         self.distance = distance
+        self._student_weights = list(student.net.parameters())  # found once: a walk over the modules is slow
+        self._fake_weights = list(fake.net.parameters())
         self.lambda_reg = lambda_reg
         self.max_norm = max_norm
         self.update = update
@@ -134,15 +136,15 @@ class Distiller:
         matched = any(len(s.x) for s in samples)
         if matched:
             figures |= self._fake_gradients(samples)
-        figures["grad/student"] = self.update(list(self.student.net.parameters()), self.max_norm, figures)
+        figures["grad/student"] = self.update(self._student_weights, self.max_norm, figures)
         if matched:
-            figures["grad/fake"] = self.update(list(self.fake.net.parameters()), self.max_norm, figures)
+            figures["grad/fake"] = self.update(self._fake_weights, self.max_norm, figures)
             self.fake_optimizer.step()
         self.student_optimizer.step()
         self.ema.update(self.student.net, step)
         for batches in iteration.critic:
             fresh = self._fake_gradients([self._sample(b) for b in batches])
-            self.update(list(self.fake.net.parameters()), self.max_norm, fresh)
+            self.update(self._fake_weights, self.max_norm, fresh)
             self.fake_optimizer.step()
         return figures
 

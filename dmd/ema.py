@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Ema:
@@ -21,12 +21,14 @@ class Ema:
             raise ValueError(f"EMA decay is {decay}: it must be at least 0 and below 1")
         self.decay = decay
         self.shadow = copy.deepcopy(source).float().eval().requires_grad_(False)
+        self._weights: list[Tensor] = list(self.shadow.parameters())
+        self._buffers = list(self.shadow.buffers())
 
     @torch.no_grad()
     def update(self, source: nn.Module, updates: int) -> None:
         """Moves the shadow towards `source`; `updates` counts the updates before this one."""
         decay = min(self.decay, (1 + updates) / (10 + updates))
         current = [p.float() for p in source.parameters()]
-        torch._foreach_lerp_(list(self.shadow.parameters()), current, 1.0 - decay)
-        for s, b in zip(self.shadow.buffers(), source.buffers(), strict=True):
+        torch._foreach_lerp_(self._weights, current, 1.0 - decay)
+        for s, b in zip(self._buffers, source.buffers(), strict=True):
             s.copy_(b)
