@@ -107,7 +107,7 @@ def test_the_mathematics_knows_tensors_only(module):
 ALLOWED = {
     "distill": {"denoiser", "losses", "solvers", "ema"},
     "run": {"checkpoint", "log", "errors"},
-    "teachers": {"noise", "denoiser", "codec", "checkpoint", "errors"},
+    "teachers": {"noise", "denoiser", "solvers", "codec", "checkpoint", "errors"},
     "metrics": {"data", "checkpoint", "log", "errors", "seeding"},
     "data": {"errors", "seeding", "log"},
     "pairs": {"checkpoint", "seeding", "errors"},
