@@ -166,7 +166,7 @@ def test_the_table_is_the_denoiser_s(name, ring, rng):
 
 
 def test_pndm_keeps_its_order_with_differences_of_noise_only(ring, rng):
-    """As `pndm` tells: those of v, which the stock pipeline takes for such networks, make it little better than DDIM."""
+    """As `pndm` tells: those of v, which the stock pipeline takes where v is predicted, are hardly better than DDIM."""
 
     def of_v(denoiser, x, steps, cond):
         scheduler = diffusers.PNDMScheduler.from_config(V1_5 | {"prediction_type": "v_prediction"})
