@@ -140,12 +140,12 @@ def save_weights(module: nn.Module, path: Path) -> None:
     save_tensors(module.state_dict(), path)
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors as safetensors, flushed to the disk and atomically."""
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors as safetensors, flushed to the disk and atomically; `metadata` goes to the file's header."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
-        _write_tensors(temporary, tensors)
+        _write_tensors(temporary, tensors, metadata)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -185,9 +185,10 @@ def remove_leftovers(root: Path) -> None:
         shutil.rmtree(path)
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     try:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path)
+        values = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+        save_file(values, path, dict(metadata) if metadata else None)
     except SafetensorError as error:  # its own type, also for a full disk; the number stands in its text
         number = re.search(r"os error (\d+)", str(error))
         code = int(number[1]) if number else errno.EIO
