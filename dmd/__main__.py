@@ -8,6 +8,7 @@ COMMANDS = {
     "sample": ("dmd.cli.sample", "main", "images from a student or teacher"),
     "teach": ("dmd.cli.parts", "teach", "train a teacher on real images"),
     "pairs": ("dmd.cli.parts", "pairs", "make noise-image pairs with a teacher"),
+    "export": ("dmd.cli.export", "main", "a student for diffusers, ComfyUI and A1111"),
     "report": ("dmd.cli.parts", "report", "write report.html of a run again"),
 }
 
