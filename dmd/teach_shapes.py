@@ -56,7 +56,7 @@ class ShapesOptions:
     """How many drawings the denoiser learns from."""
     steps: int = 6000
     """Updates of UNet and text encoder."""
-    batch_size: int = 128
+    batch_size: int = 64
     lr: float = 1e-3
     ema: float = 0.999
     caption_dropout: float = 0.1

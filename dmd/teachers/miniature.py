@@ -38,8 +38,8 @@ class MiniatureConfig:
     """
 
     size: int = 64
-    latent_channels: int = 4
-    vae_widths: tuple[int, ...] = (16, 16, 32, 64)
+    latent_channels: int = 8
+    vae_widths: tuple[int, ...] = (16, 32, 64, 64)
     unet_widths: tuple[int, ...] = (64, 112)
     text_width: int = 96
     text_layers: int = 2
