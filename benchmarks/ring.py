@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from benchmarks.common import finish, say_machine
 from dmd import pairs, seeding
 from dmd.batches import DistillBatches, Share
-from dmd.denoiser import NetworkDenoiser, Prediction, karras, velocity
+from dmd.denoiser import Guided, NetworkDenoiser, Prediction, karras, velocity
 from dmd.distill import Distiller
 from dmd.ema import Ema
 from dmd.losses import denoising_loss, squared_distance
@@ -126,8 +126,10 @@ def distil(name: str, steps: int, batch: int, count: int) -> dict[str, float]:
     student, fake = copy.deepcopy(teacher), copy.deepcopy(teacher)
     first, second = (torch.optim.Adam(n.parameters(), RATE, betas=(0.9, 0.99)) for n in (student, fake))
     average = Ema(student.net, 0.999)
-    task = Distiller(student, real, fake, first, second, average, squared_distance, 1.0, 10.0, clip_and_check)
-    spec = pairs.PairSpec("ring", "heun", 64, 1.0, 0, 1, (2,), 16384, 16384)
+    task = Distiller(
+        student, Guided(real, 1.0, {}), fake, first, second, average, squared_distance, 1.0, 10.0, clip_and_check
+    )
+    spec = pairs.PairSpec("ring", "heun", 64, 1.0, 0, 1, "ring", (2,), 16384, 16384)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         list(pairs.make(Path(folder), spec, [0], lambda z, _: heun(real, schedule.start(z), spec.steps, {})))
         pairs.finish(Path(folder), spec)

@@ -22,13 +22,14 @@ from dmd import build, pairs
 from dmd.config import PRESETS, Config, preset, with_run
 from dmd.distill import Batch, Distiller
 from dmd.losses import squared_distance
+from dmd.pipeline import Pipeline
 from dmd.solvers import one_step
 from dmd.teachers import pixel
 
 CLASSES = tuple(str(i) for i in range(10))
 
 
-def distiller(config: Config, place: build.Workplace) -> tuple[Distiller, pixel.PixelConfig]:
+def distiller(config: Config, place: build.Workplace) -> tuple[Distiller, Pipeline]:
     """A preset's distiller around a teacher of random weights."""
     t, d = config.teacher, config.data
     architecture = pixel.PixelConfig(
@@ -39,9 +40,8 @@ def distiller(config: Config, place: build.Workplace) -> tuple[Distiller, pixel.
         for parameter in teacher.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.02)
     teacher.net.to(memory_format=torch.channels_last)
-    return build.distiller(
-        config, teacher, build.guided(config, teacher, architecture), place, squared_distance
-    ), architecture
+    pipeline = pixel.Pixel(teacher, architecture)
+    return build.distiller(config, pipeline, place, squared_distance), pipeline
 
 
 def bare(task: Distiller, batch: Batch) -> Callable[[], None]:
@@ -101,12 +101,12 @@ def main() -> None:
 
     config = with_run(preset(options.preset), mixed_precision=options.mixed_precision)
     place = build.workplace(config)
-    task, architecture = distiller(config, place)
-    spec = pairs.PairSpec("random", "heun", 1, 1.0, 0, len(CLASSES), architecture.shape, 512, 512)
+    task, pipeline = distiller(config, place)
+    spec = pairs.PairSpec("random", "heun", 1, 1.0, 0, len(CLASSES), "digits", pipeline.shape, 512, 512)
     with tempfile.TemporaryDirectory() as folder:
         list(pairs.make(Path(folder), spec, [0], lambda z, _: z))
         pairs.finish(Path(folder), spec)
-        batches = build.distill_batches(config, architecture, pairs.Pairs(Path(folder), spec), place)
+        batches = build.distill_batches(config, pipeline, CLASSES, pairs.Pairs(Path(folder), spec), place)
         parts = bare(task, batches(0).batches[0])
         with FlopCounterMode(display=False) as counter:
             parts()

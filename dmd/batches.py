@@ -1,7 +1,7 @@
 """What each training step sees, as a pure function of (seed, step, process): nothing to save, nothing to replay."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -55,6 +55,9 @@ class DistillBatches:
         match_pairs: also match the paired samples, as the paper does for text to image.
         t_range: times of the matching loss; the fake score always sees (0, 1).
         critic_steps: critic updates per generator update.
+        guidance_t_range: times of the real score's guidance; None takes it at those of the matching loss.
+        pair_accumulation: micro-batches of the pairs, apart from those of the noises, as regression on decoded images
+            needs several times their memory; None puts a part of both into each.
     """
 
     seed: int
@@ -68,22 +71,33 @@ class DistillBatches:
     match_pairs: bool = False
     t_range: tuple[float, float] = (0.02, 0.98)
     critic_steps: int = 1
+    guidance_t_range: tuple[float, float] | None = None
+    pair_accumulation: int | None = None
 
     def __call__(self, step: int) -> Iteration:
         own = self.share.split(self.batch_size, "batch size")
-        paired = self.share.split(self.pair_batch_size if self.pairs else 0, "pair batch size")
-        batches = [self._batch(step, i, r) for i, r in zip(own, paired, strict=True)]
+        apart = replace(self.share, accumulation=self.pair_accumulation or self.share.accumulation)
+        paired = apart.split(self.pair_batch_size if self.pairs else 0, "pair batch size")
+        if self.pair_accumulation is None:
+            work = list(zip(own, paired, strict=True))
+        else:
+            work = [(i, i[:0]) for i in own if len(i)] + [(r[:0], r) for r in paired if len(r)]
+        batches = [self._batch(step, i, r) for i, r in work]
         extra = range(1, self.critic_steps) if self.batch_size else ()
         return Iteration(batches, [[self._critic(step, k, i) for i in own] for k in extra])
 
     def _batch(self, step: int, index: Tensor, pair_index: Tensor) -> Batch:
         matched = index
-        if self.match_pairs and len(index):
+        if self.match_pairs and self.batch_size:
             matched = torch.cat((index, self.batch_size + pair_index))
         noises = (Stream.START, Stream.MATCH_NOISE, Stream.CRITIC_NOISE)
         z, noise, critic_noise = self._normal(noises, step, matched)
         single = (Stream.LABEL, Stream.MATCH_TIME, Stream.CRITIC_TIME)
         label, t, critic_t = seeding.bits(self.seed, single, step, matched, 1)[..., 0]
+        t_guidance = None
+        if self.guidance_t_range is not None:
+            low, high = self.guidance_t_range
+            t_guidance = low + (high - low) * seeding.uniform(self.seed, Stream.GUIDANCE_TIME, step, matched)
         z, number = z[: len(index)], seeding.as_integers(label[: len(index)], self.count)
         z_ref, y_ref = z[:0], z[:0]
         if self.pairs is not None and len(pair_index):
@@ -100,6 +114,7 @@ class DistillBatches:
             noise=self._to(noise),
             critic_t=self._to(seeding.as_uniform(critic_t)),
             critic_noise=self._to(critic_noise),
+            t_guidance=None if t_guidance is None else self._to(t_guidance),
         )
 
     def _critic(self, step: int, k: int, index: Tensor) -> CriticBatch:

@@ -18,9 +18,11 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 import dmd
-from dmd import checkpoint, log, pairs
+from dmd import checkpoint, evaluation, log, models, pairs, teachers
 from dmd.batches import DistillBatches, Share, TeachBatches
+from dmd.codec import Codec
 from dmd.config import Config, RunOptions, check
+from dmd.data import shapes
 from dmd.data.images import ImageSet
 from dmd.denoiser import Guided, NetworkDenoiser
 from dmd.distill import Distance, Distiller
@@ -30,16 +32,19 @@ from dmd.generate import Generator, teacher_generator
 from dmd.losses import squared_distance
 from dmd.metrics.networks import FeatureNet
 from dmd.noise import Karras
+from dmd.pipeline import Pipeline, conditions
 from dmd.run import Cadence, Run, clip_and_check
 from dmd.solvers import Solver, ddim, heun
 from dmd.teach import Teacher, lognormal_times
-from dmd.teachers import pixel
+from dmd.teachers import pixel, samplers
 
 T = TypeVar("T")
+
 
 SOLVERS: dict[str, tuple[Solver, Callable[[int], int]]] = {
     "heun": (heun, lambda n: 2 * n - 1),
     "ddim": (ddim, lambda n: n),
+    **samplers.SAMPLERS,
 }
 """Solver and its network evaluations for n steps, by the option's value."""
 
@@ -94,13 +99,24 @@ def start(run: RunOptions) -> Workplace:
     return Workplace(accelerator, torch.bfloat16 if run.mixed_precision == "bf16" else None)
 
 
+SHAPES_IMAGES = 5000
+"""Drawings of the world of shapes that samples are measured against."""
+SHAPES_TAUGHT = 10_000
+"""Drawings of single things that its feature network learns from."""
+UNSEEN = 1 << 41
+"""Scenes and drawings from this index on are for judging, those below for prompts and teaching."""
+
+
 def image_set(config: Config, split: str = "train") -> ImageSet:
     """Real images of a config, padded to its size."""
     from dmd.data import images
 
     o = config.data
+    assert o.data is not None  # else nobody asks
     if o.data == "digits":
         found = images.digits()
+    elif o.data == "shapes":
+        found = shapes_set(config.run.seed, split)
     else:
         if o.download:
             images.download(config.preset, o.data)
@@ -114,9 +130,19 @@ def image_set(config: Config, split: str = "train") -> ImageSet:
     return ImageSet(images.pad_to(found.images, o.size), found.labels, found.classes)
 
 
-def reference_set(config: Config, data: ImageSet) -> ImageSet:
+def shapes_set(seed: int, split: str) -> ImageSet:
+    """Drawings of the world of shapes: single things and what they are ("train"), or all kinds of scenes ("test")."""
+    taught = split == "train"
+    scenes = shapes.scenes(seed, torch.arange(UNSEEN, UNSEEN + 3 * SHAPES_TAUGHT))
+    scenes = [s for s in scenes if len(s.things) == 1][:SHAPES_TAUGHT] if taught else scenes[-SHAPES_IMAGES:]
+    drawn = shapes.batch(scenes, seed, UNSEEN + torch.arange(len(scenes)))
+    labels = [shapes.PAIRS.index((s.things[0].shape, s.things[0].colour)) for s in scenes]
+    return ImageSet(drawn, torch.tensor(labels), tuple(f"{colour} {shape}" for shape, colour in shapes.PAIRS))
+
+
+def reference_set(config: Config, data: ImageSet | None) -> ImageSet | None:
     """Real images that samples are measured against: the test part, or all of `digits`, which has none."""
-    if config.data.data == "digits":
+    if data is None or config.data.data == "digits":
         return data
     found = image_set(config, "test")
     if found.classes != data.classes[: len(found.classes)]:
@@ -127,6 +153,19 @@ def reference_set(config: Config, data: ImageSet) -> ImageSet:
     return found
 
 
+def prompts(config: Config, data: ImageSet | None) -> Sequence[str]:
+    """What images are asked for while training: captions, or else the names of the classes."""
+    o = config.data
+    if o.prompts is None:
+        assert data is not None  # by `check`
+        return data.classes
+    if o.prompts == "shapes":
+        return [shapes.caption(s) for s in shapes.scenes(config.run.seed, torch.arange(o.captions))]
+    from dmd.data import prompts
+
+    return prompts.read(o.prompts).texts
+
+
 def check_shares(config: Config, place: Workplace) -> None:
     """Raises InputError for a global batch that cannot be shared among the processes."""
     d = config.distill
@@ -134,9 +173,16 @@ def check_shares(config: Config, place: Workplace) -> None:
     if d.objective != "regression":
         share.split(d.batch_size, "--batch-size")
     if d.objective != "matching":
-        share.split(d.pair_batch_size, "--pair-batch-size")
+        place.share(d.pair_accumulation_steps or d.gradient_accumulation_steps).split(
+            d.pair_batch_size, "--pair-batch-size"
+        )
     if config.teacher.teacher is None:
         place.share().split(config.teacher.teach_batch_size, "--teach-batch-size")
+
+
+def text_digest(texts: Sequence[str]) -> str:
+    """SHA-256 of texts in their order."""
+    return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
 
 
 def file_digest(path: str | None) -> str | None:
@@ -173,10 +219,12 @@ def check_architecture(config: Config, data: ImageSet) -> None:
         ) from None
 
 
-def teacher_folder(config: Config, data: ImageSet) -> Path:
-    """Where the teacher is, or will be: a given folder, or a place in the cache named by what determines it."""
+def teacher_source(config: Config, data: ImageSet | None) -> str | Path:
+    """Where the teacher is, or will be: what the user gave, what ships, or a place in the cache named by what
+    determines it."""
     if config.teacher.teacher is not None:
-        return Path(config.teacher.teacher)
+        return models.locate(config.teacher.teacher, "teacher")
+    assert data is not None  # by `check`
     facts = asdict(config.teacher) | {"flip": config.data.flip, "data": data.digest(), "seed": config.run.seed}
     facts["precision"] = config.run.mixed_precision
     return Path(config.run.cache_dir) / "teachers" / short_hash(facts)
@@ -224,27 +272,33 @@ def teach(config: Config, data: ImageSet, place: Workplace, folder: Path) -> boo
     return done
 
 
-def load_teacher(
-    config: Config, data: ImageSet, place: Workplace, folder: Path
-) -> tuple[NetworkDenoiser, pixel.PixelConfig]:
+def load_teacher(config: Config, data: ImageSet | None, place: Workplace, source: str | Path) -> Pipeline:
     """The teacher, frozen. Raises InputError if it is not for this data."""
-    denoiser, found = pixel.load(folder, place.autocast)
-    wanted = (config.data.channels, config.data.size, len(data.classes))
-    if (found.channels, found.size, len(found.classes)) != wanted:
-        raise InputError(
-            f"the teacher in {folder} makes {found.channels} x {found.size} x {found.size} images of "
-            f"{len(found.classes)} classes, but the data has {wanted[0]} x {wanted[1]} x {wanted[1]} of {wanted[2]}"
-        )
-    denoiser = denoiser.to(place.device).requires_grad_(False)
-    denoiser.net.to(memory_format=torch.channels_last)
-    return denoiser, found
+    found = teachers.load(source, place.device, place.autocast)
+    found.denoiser.requires_grad_(False)
+    if config.data.prompts is None:
+        assert data is not None  # by `check`
+        found.encode(data.classes)
+    if data is not None:
+        with torch.no_grad():
+            shape = tuple(found.codec.decode(torch.zeros(1, *found.shape, device=place.device)).shape[1:])
+        if shape != data.shape:
+            raise InputError(
+                f"the teacher {source} makes images of {_by(shape)}, but those of {config.data.data} have "
+                f"{_by(data.shape)}"
+            )
+    return found
 
 
-def pair_spec(config: Config, teacher: NetworkDenoiser, found: pixel.PixelConfig) -> pairs.PairSpec:
+def _by(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def pair_spec(config: Config, teacher: Pipeline, asked: Sequence[str]) -> pairs.PairSpec:
     p = config.pairs
     return pairs.PairSpec(
-        checkpoint.digest(teacher.net), p.solver, p.teacher_steps, p.guidance, config.run.seed, len(found.classes),
-        found.shape, p.pairs, p.pair_shard_size,
+        teacher.digest(), p.solver, p.teacher_steps, p.guidance, config.run.seed, len(asked), text_digest(asked),
+        teacher.shape, p.pairs, p.pair_shard_size,
     )  # fmt: skip
 
 
@@ -253,27 +307,32 @@ def pair_folder(config: Config, spec: pairs.PairSpec) -> Path:
     return Path(config.run.cache_dir) / "pairs" / short_hash(asdict(spec))
 
 
-def guided(config: Config, teacher: NetworkDenoiser, found: pixel.PixelConfig) -> Guided:
+def guided(config: Config, teacher: Pipeline) -> Guided:
     """The real score: the teacher with the config's guidance."""
-    return Guided(teacher, config.pairs.guidance, found.null())
+    return Guided(teacher.denoiser, config.pairs.guidance, teacher.null())
 
 
-def many_step(config: Config, real: Guided) -> tuple[Generator, int]:
+def many_step(config: Config, real: Guided, steps: int) -> tuple[Generator, int]:
     """The teacher's sampler, and how many times a sample evaluates the network (guidance doubles each)."""
-    steps = config.pairs.teacher_steps
     solver, evaluations = SOLVERS[config.pairs.solver]
     per_step = 1 if real.scale == 1.0 else 2
     return teacher_generator(real, solver, steps), per_step * evaluations(steps)
 
 
-def make_pairs(config: Config, real: Guided, spec: pairs.PairSpec, place: Workplace, folder: Path) -> pairs.Pairs:
+def make_pairs(
+    config: Config, teacher: Pipeline, asked: Sequence[str], spec: pairs.PairSpec, place: Workplace, folder: Path
+) -> pairs.Pairs:
     """Make what is missing of the pairs, shared among processes, and open them."""
-    generator, _ = many_step(config, real)
+    generator, _ = many_step(config, guided(config, teacher), config.pairs.teacher_steps)
+    encode = conditions(teacher, asked)
 
     @torch.no_grad()
     def sample(z: Tensor, number: Tensor) -> Tensor:
-        chunks = zip(z.split(250), number.split(250), strict=True)
-        return torch.cat([generator(a.to(place.device), {"label": b.to(place.device)}).cpu() for a, b in chunks])
+        found = []
+        for noise, numbers in zip(z.split(250), number.split(250), strict=True):
+            cond = {k: v.to(place.device) for k, v in encode(numbers).items()}
+            found.append(generator(noise.to(place.device), cond).cpu())
+        return torch.cat(found)
 
     def make(shards: list[int]) -> None:
         total = sum(len(spec.indices(i)) for i in shards)
@@ -288,8 +347,8 @@ def make_pairs(config: Config, real: Guided, spec: pairs.PairSpec, place: Workpl
     return place.together(lambda: pairs.Pairs(folder, spec))
 
 
-def distance(config: Config, device: torch.device) -> Distance:
-    """The regression metric."""
+def metric(config: Config, device: torch.device) -> Distance:
+    """The regression metric, of latents or images."""
     name = config.distill.regression
     if name == "l2":
         return squared_distance
@@ -300,19 +359,32 @@ def distance(config: Config, device: torch.device) -> Distance:
     return lpips_distance(backbone, weights, config.distill.lpips_size, device)
 
 
-def distiller(config: Config, teacher: NetworkDenoiser, real: Guided, place: Workplace, metric: Distance) -> Distiller:
+def regression(config: Config, metric: Distance, codec: Codec) -> Distance:
+    """The regression distance of two samples: of what they decode to, or of themselves."""
+    if config.distill.regression_on == "latents":
+        return metric
+
+    def distance(x: Tensor, target: Tensor) -> Tensor:
+        with torch.no_grad():
+            image = codec.decode(target)
+        return metric(codec.decode(x), image)
+
+    return distance
+
+
+def distiller(config: Config, teacher: Pipeline, place: Workplace, distance: Distance) -> Distiller:
     """Student and fake score begin as copies of the teacher."""
     d = config.distill
-    student, fake = (copy.deepcopy(teacher).requires_grad_(True) for _ in range(2))
+    student, fake = (copy.deepcopy(teacher.denoiser).requires_grad_(True) for _ in range(2))
     betas = (d.adam_beta1, d.adam_beta2)
     return Distiller(
         student,
-        real,
+        guided(config, teacher),
         fake,
         adam(student.net, d.learning_rate, betas, d.weight_decay),
         adam(fake.net, d.fake_learning_rate or d.learning_rate, betas, d.weight_decay),
         Ema(student.net, d.ema),
-        metric,
+        distance,
         d.lambda_reg,
         d.max_grad_norm,
         clip_and_check,
@@ -340,15 +412,39 @@ def feature_net(config: Config, data: ImageSet) -> FeatureNet:
     return networks.train_classifier(data, None, seed, Path(config.run.cache_dir) / "classifiers")
 
 
+def judge(
+    config: Config, teacher: Pipeline, data: ImageSet | None, reference: ImageSet | None, asked: Sequence[str],
+    place: Workplace,
+) -> evaluation.Judge:  # fmt: skip
+    """Measures by what there is: real images, their classes, or the world of shapes, which can be read back.
+
+    The feature network is trained (or loaded) by the main process first, so that the others find it cached.
+    """
+    measures: list[evaluation.Measure] = []
+    name, count, repeats = "", 0, 1 if config.data.prompts is None else config.evaluation.repeats
+    if data is not None and reference is not None:
+        place.first(lambda: feature_net(config, data))
+        net = feature_net(config, data).to(place.device)
+        measured = evaluation.Reference.of(reference, net)
+        by = evaluation.class_measure if config.data.prompts is None else evaluation.prompt_measure
+        measures.append(by(net, measured))
+        name, count = net.name, measured.count
+    if config.data.prompts == "shapes":
+        scenes = shapes.scenes(config.run.seed, torch.arange(UNSEEN, UNSEEN + config.data.captions))
+        measures.append(evaluation.caption_measure(scenes))
+        asked = [shapes.caption(s) for s in scenes]
+    return evaluation.Judge(teacher, asked, measures, name, count, place.device, repeats, show=place.main)
+
+
 def distill_batches(
-    config: Config, found: pixel.PixelConfig, store: pairs.Pairs | None, place: Workplace
+    config: Config, teacher: Pipeline, asked: Sequence[str], store: pairs.Pairs | None, place: Workplace
 ) -> DistillBatches:
     d = config.distill
     return DistillBatches(
         config.run.seed,
-        found.shape,
-        len(found.classes),
-        pixel.labels,
+        teacher.shape,
+        len(asked),
+        conditions(teacher, asked),
         0 if d.objective == "regression" else d.batch_size,
         store,
         d.pair_batch_size,
@@ -356,6 +452,8 @@ def distill_batches(
         d.match_pairs,
         (d.t_min, d.t_max),
         d.critic_steps_per_generator_step,
+        None if d.guidance_t_min is None or d.guidance_t_max is None else (d.guidance_t_min, d.guidance_t_max),
+        d.pair_accumulation_steps,
     )
 
 

@@ -5,16 +5,25 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dmd import build, checkpoint, evaluation
+import torch
+
+from dmd import build, checkpoint, evaluation, teachers
 from dmd.build import Workplace
+from dmd.codec import Codec
 from dmd.config import Config
-from dmd.denoiser import Guided, NetworkDenoiser
-from dmd.distill import Distiller
+from dmd.denoiser import NetworkDenoiser
+from dmd.distill import Batch, Distiller
 from dmd.errors import InputError
 from dmd.generate import student_generator
 from dmd.pairs import Pairs
+from dmd.pipeline import Pipeline
 from dmd.run import Cadence, Progress, Run
-from dmd.teachers import pixel
+
+COLUMNS = {
+    "accuracy": "accuracy", "caption_agreement": "agreement", "precision": "precision", "recall": "recall",
+    "diversity": "diversity", "images_per_second": "images/s",
+}  # fmt: skip
+"""Figures of the table at the end, where there are such, and their titles."""
 
 INPUTS = "inputs.json"
 """File of a run directory with the checksums of what the run was given."""
@@ -38,20 +47,23 @@ class Chain:
         self.folder = folder
         self.started = time.monotonic()
         build.check_shares(config, place)
-        self.data = build.image_set(config)
+        self.data = build.image_set(config) if config.data.data else None
         self.reference = build.reference_set(config, self.data)
-        self.distance = build.distance(config, place.device)
+        self.prompts = build.prompts(config, self.data)
+        self.metric = build.metric(config, place.device)
         self.inputs: dict[str, str | None] = {
-            "data": self.data.digest(),
+            "data": self.data.digest() if self.data else None,
+            "prompts": build.text_digest(self.prompts),
             "features": build.file_digest(config.evaluation.features),
             "lpips_weights": build.file_digest(config.distill.lpips_weights),
         }
-        if config.evaluation.features is not None:
+        if self.data is not None and config.evaluation.features is not None:
             build.feature_net(config, self.data)
-        if config.teacher.teacher is None:
+        self.source = build.teacher_source(config, self.data)
+        if config.teacher.teacher is not None:
+            self._load_teacher()
+        elif self.data is not None:
             build.check_architecture(config, self.data)
-        else:
-            self._load_teacher(Path(config.teacher.teacher))
 
     def require_same_inputs(self) -> None:
         """Raises InputError if the run directory was made with other files."""
@@ -72,63 +84,56 @@ class Chain:
         teacher = self._teacher()
         if teacher is None:
             return self._say("stopped while teaching; the same command goes on")
-        denoiser, architecture = teacher
         place.together(self.require_same_inputs)
         place.first(lambda: checkpoint.write_json(self.folder / INPUTS, self.inputs))
-        real = build.guided(config, denoiser, architecture)
-        store = self._pairs(real, denoiser, architecture)
-        judge = self._judge(architecture)
-        distiller = build.distiller(config, denoiser, real, place, self.distance)
-        progress = self._distil(distiller, architecture, store, judge)
+        store = self._pairs(teacher)
+        judge = build.judge(config, teacher, self.data, self.reference, self.prompts, place)
+        distance = build.regression(config, self.metric, teacher.codec)
+        progress = self._distil(build.distiller(config, teacher, place, distance), teacher, store, judge)
         if progress.step < config.distill.max_train_steps:
             return self._say(f"stopped after step {progress.step}; the same command goes on")
         if place.main:
-            self._conclude(progress, real, architecture, judge)
+            self._conclude(progress, teacher, judge)
         place.accelerator.wait_for_everyone()
 
-    def _load_teacher(self, folder: Path) -> tuple[NetworkDenoiser, pixel.PixelConfig]:
-        self.teacher_folder = folder
-        teacher, architecture = build.load_teacher(self.config, self.data, self.place, folder)
-        self.inputs["teacher"] = checkpoint.digest(teacher.net)
-        return teacher, architecture
+    def _load_teacher(self) -> Pipeline:
+        teacher = build.load_teacher(self.config, self.data, self.place, self.source)
+        self.inputs["teacher"] = teacher.digest()
+        return teacher
 
-    def _teacher(self) -> tuple[NetworkDenoiser, pixel.PixelConfig] | None:
+    def _teacher(self) -> Pipeline | None:
         """The teacher, taught first if there is none; None if teaching was stopped."""
-        folder = build.teacher_folder(self.config, self.data)
-        done = (folder / "model.safetensors").exists()
-        self.place.accelerator.wait_for_everyone()
-        given = self.config.teacher.teacher is not None
-        if not done and not given and not build.teach(self.config, self.data, self.place, folder):
-            return None
-        return self.place.together(lambda: self._load_teacher(folder))
+        if self.config.teacher.teacher is None:
+            folder = Path(self.source)
+            done = (folder / "model.safetensors").exists()
+            self.place.accelerator.wait_for_everyone()
+            assert self.data is not None  # by `check`
+            if not done and not build.teach(self.config, self.data, self.place, folder):
+                return None
+        return self.place.together(self._load_teacher)
 
-    def _pairs(self, real: Guided, teacher: NetworkDenoiser, architecture: pixel.PixelConfig) -> Pairs | None:
+    def _pairs(self, teacher: Pipeline) -> Pairs | None:
         if self.config.distill.objective == "matching":
             return None
-        spec = build.pair_spec(self.config, teacher, architecture)
-        return build.make_pairs(self.config, real, spec, self.place, build.pair_folder(self.config, spec))
-
-    def _judge(self, architecture: pixel.PixelConfig) -> evaluation.Judge:
-        """The feature network is trained (or loaded) by the main process first, so that the others find it cached."""
-        self.place.first(lambda: build.feature_net(self.config, self.data))
-        net = build.feature_net(self.config, self.data).to(self.place.device)
-        reference = evaluation.Reference.of(self.reference, net)
-        return evaluation.Judge(
-            net, reference, pixel.labels, len(architecture.classes), architecture.shape, self.place.device,
-            show=self.place.main,
-        )  # fmt: skip
+        spec = build.pair_spec(self.config, teacher, self.prompts)
+        folder = build.pair_folder(self.config, spec)
+        return build.make_pairs(self.config, teacher, self.prompts, spec, self.place, folder)
 
     def _distil(
-        self, distiller: Distiller, architecture: pixel.PixelConfig, store: Pairs | None, judge: evaluation.Judge
+        self, distiller: Distiller, teacher: Pipeline, store: Pairs | None, judge: evaluation.Judge
     ) -> Progress:
         config, d = self.config, self.config.distill
-        batches = build.distill_batches(config, architecture, store, self.place)
+        batches = build.distill_batches(config, teacher, self.prompts, store, self.place)
         average = build.ema_denoiser(distiller)
+        student = self.folder / "student"
 
         def evaluate(step: int) -> dict[str, float]:
             if not self.place.main:
                 return {}
-            self._picture(distiller, average, batches(0).batches[0], step)
+            self._picture(distiller, average, batches(0).batches[0], teacher.codec, step)
+            if not judge.measures:
+                teacher.save(average, student)
+                return {}
             return judge.in_loop(student_generator(average), config.evaluation.eval_samples)
 
         run = Run(
@@ -148,36 +153,37 @@ class Chain:
             title="distil",
             evaluate=evaluate,
             best="eval/fd",
-            keep_best=lambda step: pixel.save(average.net.get_submodule("unet"), architecture, self.folder / "student"),
+            keep_best=lambda step: teacher.save(average, student),
             sinks=build.sinks(config, self.folder),
         )
         return run.train()
 
-    def _picture(self, distiller: Distiller, student: NetworkDenoiser, batch: Any, step: int) -> None:
+    def _picture(self, distiller: Distiller, student: NetworkDenoiser, batch: Batch, codec: Codec, step: int) -> None:
         """samples/step-N.png: x, x0_real, x0_fake, y_ref (a row each) from the same noise at every evaluation."""
         z, y = (batch.z_ref, batch.y_ref) if len(batch.z_ref) else (batch.z, batch.z[:0])
         n = min(16, len(z))
         cond = {k: v[-len(z) :][:n] for k, v in batch.cond.items()}
         rows = evaluation.inspect(student, distiller.real, distiller.fake, z[:n], y[:n], cond, 0.5, z[:n].flip(0))
-        named = [(r, t) for r, t in zip(rows, ("student", "x0_real", "x0_fake", "teacher"), strict=True) if len(r)]
+        titles = [t for r, t in zip(rows, ("student", "x0_real", "x0_fake", "teacher"), strict=True) if len(r)]
+        with torch.no_grad():
+            shown = [codec.decode(r) for r in rows if len(r)]
         path = self.folder / "samples" / f"step-{step:08d}.png"
-        evaluation.save_grid([r for r, _ in named], path, max(1, 32 // z.shape[-1]), [t for _, t in named])
+        evaluation.save_grid(shown, path, max(1, 32 // shown[0].shape[-1]), titles)
 
-    def _conclude(
-        self, progress: Progress, real: Guided, architecture: pixel.PixelConfig, judge: evaluation.Judge
-    ) -> None:
+    def _conclude(self, progress: Progress, teacher: Pipeline, judge: evaluation.Judge) -> None:
         """Compare the best student with its teacher, write summary.json, the pictures and the report."""
         from dmd import report
 
         config = self.config
-        student, _ = pixel.load(self.folder / "student", self.place.autocast)
-        student = student.to(self.place.device)
-        generator, evaluations = build.many_step(config, real)
+        student = teachers.load(self.folder / "student", self.place.device, self.place.autocast)
+        steps = config.evaluation.compare_steps or config.pairs.teacher_steps
+        generator, evaluations = build.many_step(config, build.guided(config, teacher), steps)
         figures, x_student, x_teacher = evaluation.compare(
-            judge, student_generator(student), generator, config.evaluation.final_samples, evaluations
+            judge, student_generator(student.denoiser), generator, config.evaluation.final_samples, evaluations
         )
-        scale = max(1, 32 // architecture.size)
-        shown = [x[: 2 * len(architecture.classes)] for x in (x_student, x_teacher)]
+        count = min(2 * len(judge.prompts), 32)
+        shown = [x[:count] for x in (x_student, x_teacher)]
+        scale = max(1, 32 // x_student.shape[-1])
         evaluation.save_grid(shown, self.folder / "samples" / "final.png", scale, ("student", "teacher"))
         checkpoint.write_json(self.folder / "summary.json", self._summary(progress, figures, judge))
         self._say(f"{self._verdict(figures, judge)}\nreport: {report.write(self.folder)}")
@@ -190,11 +196,11 @@ class Chain:
             0 if d.objective == "matching" else d.pair_batch_size
         )
         teacher, student = figures["teacher"], figures["student"]
-        return {
+        summary = {
             "preset": self.config.preset,
             "objective": d.objective,
-            "metric": judge.net.name,
-            "reference_images": judge.reference.count,
+            "metric": judge.name,
+            "reference_images": judge.reference_images,
             "samples": self.config.evaluation.final_samples,
             "wall_seconds": time.monotonic() - self.started,
             "distil_seconds": progress.seconds,
@@ -202,30 +208,29 @@ class Chain:
             "critic_updates": critic,
             "images_seen": updates * per_step,
             "best": progress.best,
-            "teacher": teacher | {"folder": str(self.teacher_folder)},
+            "teacher": teacher | {"folder": str(self.source)},
             "student": student | {"folder": str(self.folder / "student")},
-            "fd_ratio": student["fd"] / teacher["fd"],
             "speedup": student["images_per_second"] / teacher["images_per_second"],
-            "accuracy": {"teacher": teacher["accuracy"], "student": student["accuracy"]},
         }
+        if "fd" in teacher:
+            summary["fd_ratio"] = student["fd"] / teacher["fd"]
+        for name in ("accuracy", "caption_agreement"):
+            if name in teacher:
+                summary[name] = {"teacher": teacher[name], "student": student[name]}
+        return summary
 
     def _verdict(self, figures: dict[str, Any], judge: evaluation.Judge) -> str:
-        rows = [
-            f"{'':8} {judge.net.name:>14} {'accuracy':>9} {'precision':>9} "
-            f"{'recall':>7} {'diversity':>9} {'images/s':>9}"
-        ]
-        for who in ("teacher", "student"):
-            f = figures[who]
-            rows.append(
-                f"{who:8} {f['fd']:14.4f} {f['accuracy']:9.4f} {f['precision']:9.3f} {f['recall']:7.3f} "
-                f"{f['diversity']:9.4f} {f['images_per_second']:9.0f}"
-            )
+        """A table of the figures that there are."""
         student, teacher = figures["student"], figures["teacher"]
-        rows.append(
-            f"one step: {student['fd'] / teacher['fd']:.2f} times the teacher's distance, "
-            f"{student['images_per_second'] / teacher['images_per_second']:.1f} times its speed"
-        )
-        return "\n".join(rows)
+        columns = {name: title for name, title in COLUMNS.items() if name in teacher} | {"fd": judge.name}
+        columns = {name: title for name, title in columns.items() if name in teacher}
+        rows = ["".join([f"{'':8}", *(f" {title:>14}" for title in columns.values())])]
+        for who, f in (("teacher", teacher), ("student", student)):
+            rows.append("".join([f"{who:8}", *(f" {f[name]:14.4g}" for name in columns)]))
+        speed = f"{student['images_per_second'] / teacher['images_per_second']:.1f} times the teacher's speed"
+        if "fd" in teacher:
+            speed += f", {student['fd'] / teacher['fd']:.2f} times its distance"
+        return "\n".join([*rows, f"one step: {speed}"])
 
     def _say(self, text: str) -> None:
         if self.place.main:

@@ -17,8 +17,14 @@ from dmd.errors import InputError
 class DataOptions:
     """Real images that the teacher learns and that samples are measured against."""
 
-    data: str = "digits"
-    """"digits" (ships with scikit-learn), or a folder: train.npz, class/*.png, or torchvision's own layout."""
+    data: str | None = "digits"
+    """"digits" (ships with scikit-learn), "shapes" (drawn here), or a folder: train.npz, class/*.png, or torchvision's
+    own layout. None measures nothing against real images."""
+    prompts: str | None = None
+    """What a text-to-image teacher is asked for: a file or folder of prompts (.txt, .jsonl, .parquet, webdataset, or
+    images with metadata.jsonl), or "shapes". Left out, the names of the data's classes."""
+    captions: int = 10_000
+    """How many captions of "shapes" there are."""
     size: int = 8
     """Height and width of the images. Smaller ones are padded with black, larger ones refused."""
     channels: int = 1
@@ -34,7 +40,9 @@ class TeacherOptions:
     """The many-step diffusion model that is distilled."""
 
     teacher: str | None = None
-    """Folder of a teacher (config.json, model.safetensors). Left out, one is taught here, once, and cached."""
+    """Folder of a teacher: a pixel network (config.json, model.safetensors) or a Stable Diffusion pipeline
+    (model_index.json), or its id on the hub, or "shapes", which ships. Left out, a pixel network is taught here, once,
+    and cached."""
     width: int = 24
     """Channels of the UNet's first resolution."""
     multipliers: tuple[int, ...] = (1, 2)
@@ -67,8 +75,9 @@ class PairOptions:
 
     pairs: int = 8000
     """How many pairs."""
-    solver: Literal["heun", "ddim"] = "heun"
-    """The teacher's deterministic sampler."""
+    solver: Literal["heun", "ddim", "pndm", "ddim-leading", "dpm-solver"] = "heun"
+    """The teacher's deterministic sampler: our Heun and DDIM ("trailing" steps, which begin where a student works), or
+    the stock ones of Stable Diffusion."""
     teacher_steps: int = 18
     """Steps of the teacher's sampler, for pairs and for comparison (Heun: 2 n - 1 evaluations)."""
     guidance: float = 1.0
@@ -110,6 +119,9 @@ class DistillOptions:
     """Weight of the regression loss. The paper's 0.25 is for LPIPS, whose values are far larger than squared errors."""
     regression: Literal["l2", "lpips-vgg", "lpips-alex", "lpips-squeeze"] = "l2"
     """Distance of the regression loss. The papers use LPIPS with VGG, which needs pretrained weights."""
+    regression_on: Literal["images", "latents"] = "images"
+    """Compare decoded images, through the decoder and back for every pair, or the latents themselves, which costs
+    nothing. The same for pixel networks."""
     lpips_weights: str | None = None
     """File with the backbone of LPIPS (torchvision's state dict, .pth or .safetensors)."""
     lpips_size: int = 64
@@ -119,8 +131,14 @@ class DistillOptions:
     t_min: float = 0.02
     t_max: float = 0.98
     """Times of the matching loss; the fake score is trained on all of (0, 1)."""
+    guidance_t_min: float | None = None
+    guidance_t_max: float | None = None
+    """Times of the guidance part of the matching gradient; left out, those of the matching part."""
     gradient_accumulation_steps: int = 1
     """Micro-batches per update, for all losses."""
+    pair_accumulation_steps: int | None = None
+    """Micro-batches of the pairs, apart from those of the noises: regression on decoded images takes several times
+    their memory. Left out, each micro-batch has a part of both."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +154,10 @@ class EvaluationOptions:
     """Samples of evaluations in the loop."""
     final_samples: int = 5000
     """Samples of the final comparison with the teacher, from noise that no evaluation in the loop has used."""
+    repeats: int = 4
+    """Images for each prompt in an evaluation, which diversity needs; classes are taken in turn instead."""
+    compare_steps: int | None = None
+    """Steps of the teacher in the final comparison; those of its pairs if left out."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +202,7 @@ class Config:
 RESUMABLE = {
     "max_train_steps", "eval_every", "eval_samples", "final_samples", "checkpointing_steps", "checkpoints_total_limit",
     "log_every", "report_to", "cache_dir", "cpu", "output_dir", "download", "lpips_weights", "features", "data",
-    "teacher",
+    "teacher", "prompts", "repeats", "compare_steps",
 }  # fmt: skip
 """Options that may differ when a run is resumed; files are compared by content instead."""
 
@@ -197,6 +219,9 @@ def check(config: Config) -> None:
         "--teacher-steps": config.pairs.teacher_steps,
         "--pair-shard-size": config.pairs.pair_shard_size, "--checkpoints-total-limit": r.checkpoints_total_limit,
         "--learning-rate": d.learning_rate, "--max-grad-norm": d.max_grad_norm, "--log-every": r.log_every,
+        "--pair-accumulation-steps": 1 if d.pair_accumulation_steps is None else d.pair_accumulation_steps,
+        "--captions": config.data.captions, "--repeats": e.repeats,
+        "--compare-steps": config.pairs.teacher_steps if e.compare_steps is None else e.compare_steps,
         "--p-std": config.teacher.p_std, "--lpips-size": d.lpips_size,
         "--fake-learning-rate": d.learning_rate if d.fake_learning_rate is None else d.fake_learning_rate,
     }  # fmt: skip
@@ -223,6 +248,11 @@ def check(config: Config) -> None:
             raise InputError(f"{flag} is {value}: it must be a finite number")
     if not 0 <= config.teacher.label_dropout <= 1:
         raise InputError(f"--label-dropout is {config.teacher.label_dropout}: it must be within 0 and 1")
+    given = config.teacher.teacher is not None
+    if config.data.prompts is not None and not given:
+        raise InputError("--prompts are for a text-to-image teacher: give its folder or id as --teacher")
+    if config.data.prompts is None and config.data.data is None:
+        raise InputError("neither --data nor --prompts is given: without them nothing says what images are asked for")
     if config.teacher.width % 4:
         raise InputError(
             f"--width is {config.teacher.width}: it must be a multiple of 4, for the UNet's normalisations"
@@ -231,6 +261,14 @@ def check(config: Config) -> None:
         raise InputError(f"--size is {config.data.size}: the network that measures images takes 4 or more")
     if not 0.0 <= d.t_min < d.t_max <= 1.0:
         raise InputError(f"--t-min {d.t_min} and --t-max {d.t_max}: they must be in order and within 0 and 1")
+    if (d.guidance_t_min is None) != (d.guidance_t_max is None):
+        raise InputError("--guidance-t-min and --guidance-t-max belong together: give both or none")
+    low, high = d.guidance_t_min, d.guidance_t_max
+    if low is not None and high is not None:
+        if not 0.0 <= low < high <= 1.0:
+            raise InputError(f"--guidance-t-min {low} and --guidance-t-max {high}: they must rise within 0 and 1")
+        if config.pairs.guidance == 1.0:
+            raise InputError("--guidance-t-min needs --guidance other than 1: without guidance there is no such part")
     if not 0 <= r.seed < 2**64:
         raise InputError(f"--seed is {r.seed}: it must be at least 0 and below 2**64")
     if config.data.channels not in (1, 3):
@@ -249,7 +287,7 @@ def check(config: Config) -> None:
         )
     if len(config.teacher.multipliers) != len(config.teacher.attention):
         raise InputError("--multipliers and --attention must be equally long: one entry for each resolution")
-    if config.data.size % 2 ** (len(config.teacher.multipliers) - 1):
+    if not given and config.data.size % 2 ** (len(config.teacher.multipliers) - 1):
         raise InputError(
             f"--size is {config.data.size}: it must be divisible by {2 ** (len(config.teacher.multipliers) - 1)}, "
             f"since the UNet halves it {len(config.teacher.multipliers) - 1} times"
@@ -341,6 +379,33 @@ PRESETS: dict[str, Config] = {
         ),
         evaluation=EvaluationOptions(eval_every=5000, eval_samples=5000, final_samples=50_000),
         run=RunOptions(output_dir="runs/cifar10", mixed_precision="bf16", checkpointing_steps=5000, log_every=100),
+    ),
+    # one or two captioned shapes at 64 x 64, from the miniature Stable Diffusion that ships; minutes on two CPU cores
+    "shapes": Config(
+        preset="shapes",
+        data=DataOptions(data="shapes", prompts="shapes", size=64, channels=3),
+        teacher=TeacherOptions(teacher="shapes"),
+        pairs=PairOptions(pairs=1000, solver="ddim", teacher_steps=20, guidance=2.0, pair_shard_size=250),
+        distill=DistillOptions(
+            max_train_steps=600, batch_size=32, pair_batch_size=32, match_pairs=True, learning_rate=5e-4,
+            lr_warmup_steps=25, lr_cooldown_steps=300, ema=0.99, lambda_reg=1.0, regression_on="latents",
+        ),
+        evaluation=EvaluationOptions(eval_every=200, eval_samples=200, final_samples=400, compare_steps=50),
+        run=RunOptions(output_dir="runs/shapes", checkpointing_steps=200),
+    ),
+    # Stable Diffusion v1.5 as the paper distilled it (appendix, "aesthetic score above 6.25"): 72 A100, 36 hours
+    "sd15": Config(
+        preset="sd15",
+        data=DataOptions(data=None, prompts="captions.txt", size=512, channels=3),
+        teacher=TeacherOptions(teacher="stable-diffusion-v1-5/stable-diffusion-v1-5"),
+        pairs=PairOptions(pairs=500_000, solver="pndm", teacher_steps=50, guidance=3.0),
+        distill=DistillOptions(
+            max_train_steps=20_000, batch_size=2304, pair_batch_size=1152, match_pairs=True, learning_rate=1e-5,
+            lr_warmup_steps=500, lr_cooldown_steps=0, ema=0.999, lambda_reg=0.25, regression="lpips-vgg",
+            lpips_size=224,
+        ),
+        evaluation=EvaluationOptions(eval_every=500, eval_samples=64, final_samples=1024),
+        run=RunOptions(output_dir="runs/sd15", mixed_precision="bf16", checkpointing_steps=500, log_every=50),
     ),
 }  # fmt: skip
 

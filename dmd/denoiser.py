@@ -108,11 +108,16 @@ class Guided(Denoiser):
         self.null = dict(null)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        x0_cond, guidance = self.parts(x_t, t, cond)
+        return x0_cond if guidance is None else x0_cond + guidance
+
+    def parts(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor | None]:
+        """x0_cond and the guidance (scale - 1) (x0_cond - x0_uncond), whose sum is `forward`; None at scale 1."""
         if self.scale == 1.0:
-            return self.denoiser(x_t, t, cond)
+            return self.denoiser(x_t, t, cond), None
         both = {k: torch.cat((self.null[k].to(v.device, v.dtype).expand_as(v), v)) for k, v in cond.items()}
         x0_uncond, x0_cond = self.denoiser(torch.cat((x_t, x_t)), torch.cat((t, t)), both).chunk(2)
-        return x0_uncond + self.scale * (x0_cond - x0_uncond)
+        return x0_cond, (self.scale - 1.0) * (x0_cond - x0_uncond)
 
 
 def score(x_t: Tensor, x0: Tensor, t: Tensor, schedule: Schedule) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dmd.denoiser import Cond, Denoiser, NetworkDenoiser
+from dmd.denoiser import Cond, Guided, NetworkDenoiser
 from dmd.ema import Ema
 from dmd.losses import denoising_loss, matching_gradient, normaliser, surrogate
 from dmd.solvers import one_step
@@ -34,6 +34,7 @@ class Batch:
     score: M = B (class-conditional, as in the paper), B + R (text to image) or 0 (the regression-only ablation).
 
     Shapes: z (B, ...), z_ref and y_ref (R, ...), cond rows B + R; noise, critic_noise (M, ...), t, critic_t (M,).
+    t_guidance (M,) are times of the real score's guidance, where it has others than the rest of the gradient.
     """
 
     z: Tensor
@@ -44,6 +45,7 @@ class Batch:
     noise: Tensor
     critic_t: Tensor
     critic_noise: Tensor
+    t_guidance: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class Distiller:
     def __init__(
         self,
         student: NetworkDenoiser,
-        real: Denoiser,
+        real: Guided,
         fake: NetworkDenoiser,
         student_optimizer: Optimizer,
         fake_optimizer: Optimizer,
@@ -133,11 +135,10 @@ class Distiller:
             NotFinite: (by `update`) a gradient or loss is NaN or infinite.
         """
         samples, figures = self._student_gradients(iteration.batches)
-        matched = any(len(s.x) for s in samples)
-        if matched:
+        if samples:
             figures |= self._fake_gradients(samples)
         figures["grad/student"] = self.update(self._student_weights, self.max_norm, figures)
-        if matched:
+        if samples:
             figures["grad/fake"] = self.update(self._fake_weights, self.max_norm, figures)
             self.fake_optimizer.step()
         self.student_optimizer.step()
@@ -149,47 +150,69 @@ class Distiller:
         return figures
 
     def _student_gradients(self, batches: Sequence[Batch]) -> tuple[list[Samples], dict[str, Tensor]]:
-        """Backward of matching and regression; returns the matched samples, detached, for the fake score."""
+        """Backward of matching and regression; returns the matched samples, detached, for the fake score.
+
+        Micro-batches may have different numbers of matched and of paired rows, also none: each counts by its rows.
+        """
         self.student_optimizer.zero_grad()
-        samples, figures = [], []
+        matched, paired = sum(len(b.t) for b in batches), sum(len(b.z_ref) for b in batches)
+        samples: list[Samples] = []
+        figures: dict[str, Tensor] = {}
+
+        def add(part: float, scalars: Mapping[str, Tensor]) -> None:
+            figures.update({k: figures.get(k, 0.0) + part * v for k, v in scalars.items()})
+
         for batch in batches:
             x_all = one_step(self.student, torch.cat((batch.z, batch.z_ref)), batch.cond)
             x, x_ref = x_all[: len(batch.t)], x_all[len(batch.z) :]
-            cond = {k: v[: len(x)] for k, v in batch.cond.items()}
             loss = x_all.new_zeros(())
-            scalars: dict[str, Tensor] = {}
             if len(x):
-                gradient, scalars = self._match(x.detach(), batch, cond)
-                loss = surrogate(x, gradient)
-                scalars |= {"loss/matching": loss.detach()}
+                cond = {k: v[: len(x)] for k, v in batch.cond.items()}
+                gradient, health = self._match(x.detach(), batch, cond)
+                matching, part = surrogate(x, gradient), len(x) / matched
+                loss = loss + part * matching
+                add(part, health | {"loss/matching": matching.detach()})
+                samples.append(Samples(x.detach(), cond, batch.critic_t, batch.critic_noise))
             if len(x_ref):
-                regression = self.distance(x_ref, batch.y_ref).mean()
-                loss = loss + self.lambda_reg * regression
-                scalars |= {"loss/regression": regression.detach()} | _drift(x_ref.detach(), batch.y_ref)
-            (loss / len(batches)).backward()
-            samples.append(Samples(x.detach(), cond, batch.critic_t, batch.critic_noise))
-            figures.append(scalars)
-        return samples, {k: torch.stack([f[k] for f in figures]).mean() for k in figures[0]}
+                regression, part = self.distance(x_ref, batch.y_ref).mean(), len(x_ref) / paired
+                loss = loss + part * self.lambda_reg * regression
+                add(part, {"loss/regression": regression.detach()} | _drift(x_ref.detach(), batch.y_ref))
+            loss.backward()
+        return samples, figures
 
     @torch.no_grad()
     def _match(self, x: Tensor, batch: Batch, cond: Cond) -> tuple[Tensor, dict[str, Tensor]]:
-        """The distribution-matching gradient at the diffused samples, and its health."""
+        """The distribution-matching gradient at the diffused samples, and its health.
+
+        The gradient is the sum of a matching part (x0_fake - x0_cond) and a guidance part (the real score's guidance,
+        negative), which are logged apart and may be taken at different times (Decoupled DMD, arXiv 2511.22677).
+        """
         x_t = self.student.schedule.diffuse(x, batch.noise, batch.t)
-        x0_real = self.real(x_t, batch.t, cond)
+        x0_cond, guidance = self.real.parts(x_t, batch.t, cond)
         x0_fake = self.fake(x_t, batch.t, cond)
-        return matching_gradient(x, x0_real, x0_fake), {
-            "health/normaliser": normaliser(x, x0_real).mean(),
-            "health/fake_real_gap": (x0_fake - x0_real).abs().mean(),
-        }
+        x0_real = x0_cond if guidance is None else x0_cond + guidance
+        norm = normaliser(x, x0_real)
+        health = {"health/normaliser": norm.mean(), "health/fake_real_gap": (x0_fake - x0_real).abs().mean()}
+        if guidance is None:
+            return matching_gradient(x, x0_real, x0_fake), health
+        match, guide = (x0_fake - x0_cond) / norm, -guidance / norm
+        if batch.t_guidance is not None:
+            x_t = self.student.schedule.diffuse(x, batch.noise, batch.t_guidance)
+            x0_cond, guidance = self.real.parts(x_t, batch.t_guidance, cond)
+            assert guidance is not None
+            guide = -guidance / normaliser(x, x0_cond + guidance)
+        health |= {"health/matching_part": match.abs().mean(), "health/guidance_part": guide.abs().mean()}
+        return match + guide, health
 
     def _fake_gradients(self, samples: Sequence[Samples]) -> dict[str, Tensor]:
         """Backward of the fake score's denoising loss on the student's samples."""
         self.fake_optimizer.zero_grad()
         total = samples[0].x.new_zeros(())
+        rows = sum(len(s.x) for s in samples)
         for s in samples:
             x_t = self.fake.schedule.diffuse(s.x, s.noise, s.t)
             _, out = self.fake.coefficients(s.t, x_t)
-            loss = denoising_loss(self.fake(x_t, s.t, s.cond), s.x, out) / len(samples)
+            loss = denoising_loss(self.fake(x_t, s.t, s.cond), s.x, out) * (len(s.x) / rows)
             loss.backward()
             total = total + loss.detach()
         return {"loss/fake": total}

@@ -9,66 +9,104 @@ import torch
 from torch import Tensor
 
 from dmd.data.images import to_uint8
+from dmd.data.shapes import Scene
 from dmd.denoiser import Cond, Denoiser
-from dmd.generate import Generator, images
+from dmd.generate import Generator, decoded, images
 from dmd.log import progress
+from dmd.metrics import caption
 from dmd.metrics.evaluate import Reference, evaluate
 from dmd.metrics.networks import FeatureNet
+from dmd.pipeline import Pipeline, conditions
 
 IN_LOOP_SEED = 1 << 32
 """Evaluations in the loop choose the best student, so the final comparison uses other noise: seeds from 0."""
 
 
+Measure = Callable[[Tensor, Tensor], dict[str, float]]
+"""Images (N, C, H, W) in [-1, 1] and the numbers (N,) of their prompts to figures."""
+
+
 @dataclass(frozen=True)
 class Judge:
-    """Makes samples and measures them.
+    """Makes images and measures them.
 
     Attributes:
-        net, reference: feature network and the real images' features.
-        conditions: condition numbers to `Cond`.
-        classes: number of conditions; sample i is asked for class i mod classes.
-        shape: of a sample.
-        device, batch_size: where and in what work unit samples are made.
+        pipeline: whose prompts and codec are used; its denoiser is not.
+        prompts: what images are asked for.
+        measures: their results are joined.
+        name: of the network behind "fd".
+        reference_images: how many real images it is measured against.
+        repeats: images of every prompt, in a sample of few images; many take all prompts in turn.
+        batch_size: work unit in which samples are made.
         show: draw a progress bar.
     """
 
-    net: FeatureNet
-    reference: Reference
-    conditions: Callable[[Tensor], Cond]
-    classes: int
-    shape: tuple[int, ...]
+    pipeline: Pipeline
+    prompts: Sequence[str]
+    measures: Sequence[Measure]
+    name: str
+    reference_images: int
     device: torch.device
+    repeats: int = 1
     batch_size: int = 250
     show: bool = True
 
     def samples(self, generator: Generator, count: int, first_seed: int, title: str) -> tuple[Tensor, float]:
-        """(count, *shape) samples of consecutive seeds, and images per second."""
+        """(count, C, H, W) images of consecutive seeds, and images per second, end to end."""
         seeds = torch.arange(first_seed, first_seed + count)
         with progress(count, 0, title, self.show, "img") as bar:
             started = time.perf_counter()
             x = images(
-                generator,
+                decoded(generator, self.pipeline.codec),
                 seeds,
-                self.conditions,
-                self.labels(count),
-                self.shape,
+                conditions(self.pipeline, self.prompts),
+                self.numbers(count),
+                self.pipeline.shape,
                 self.device,
                 self.batch_size,
                 bar.update,
             )
             return x, count / (time.perf_counter() - started)
 
-    def labels(self, count: int) -> Tensor:
-        return torch.arange(count) % self.classes
+    def numbers(self, count: int) -> Tensor:
+        """Which prompt each of `count` images is asked for."""
+        return torch.arange(count) % min(len(self.prompts), max(1, count // self.repeats))
 
     def figures(self, x: Tensor) -> dict[str, float]:
-        """Everything of `dmd.metrics.evaluate.evaluate`, without the prefix."""
-        return evaluate(x, self.labels(len(x)), self.net, self.reference)
+        """What all measures say, without a prefix."""
+        numbers = self.numbers(len(x))
+        return {k: v for measure in self.measures for k, v in measure(x, numbers).items()}
 
     def in_loop(self, generator: Generator, count: int) -> dict[str, float]:
         """Figures of `count` samples, as "eval/..."."""
         x, _ = self.samples(generator, count, IN_LOOP_SEED, "evaluate")
         return {f"eval/{k}": v for k, v in self.figures(x).items()}
+
+
+def class_measure(net: FeatureNet, reference: Reference) -> Measure:
+    """Everything of `dmd.metrics.evaluate.evaluate`; a prompt's number is its class."""
+    return lambda x, numbers: evaluate(x, numbers, net, reference)
+
+
+def prompt_measure(net: FeatureNet, reference: Reference) -> Measure:
+    """The same for prompts of any kind: diversity is that within a prompt, and there is no accuracy."""
+    return lambda x, numbers: evaluate(x, None, net, reference, groups=numbers)
+
+
+def caption_measure(scenes: Sequence[Scene]) -> Measure:
+    """The part of images that show all that their captions say, of one and of two things, and by attribute."""
+
+    def measure(x: Tensor, numbers: Tensor) -> dict[str, float]:
+        asked = [scenes[i] for i in numbers.tolist()]
+        hits = caption.matches(x, asked)
+        two = torch.tensor([len(s.things) == 2 for s in asked])
+        figures = {f"caption_{name}": h.double().mean().item() for name, h in hits.items()}
+        for name, rows in (("one_thing", ~two), ("two_things", two)):
+            if rows.any():
+                figures[f"caption_{name}"] = hits["agreement"][rows].double().mean().item()
+        return figures
+
+    return measure
 
 
 def inspect(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dmd import seeding
+from dmd.codec import Codec
 from dmd.denoiser import Cond, Denoiser
 from dmd.seeding import Stream
 from dmd.solvers import Solver, one_step
@@ -24,6 +25,11 @@ def teacher_generator(teacher: Denoiser, solver: Solver, steps: int) -> Generato
     return lambda z, cond: solver(teacher, teacher.schedule.start(z), steps, cond)
 
 
+def decoded(generator: Generator, codec: Codec) -> Generator:
+    """The generator's samples as images."""
+    return lambda z, cond: codec.decode(generator(z, cond))
+
+
 @torch.no_grad()
 def images(
     generator: Generator,
@@ -35,13 +41,14 @@ def images(
     batch_size: int = 256,
     tick: Callable[[int], object] = lambda n: None,
 ) -> Tensor:
-    """Samples for (seed, condition number) pairs, (N, *shape) float32 on the CPU.
+    """Samples for (seed, condition number) pairs, shaped as the generator makes them, (N, ...) float32 on the CPU.
 
     Work goes in chunks of one size, `batch_size` or all if those are fewer (the last is padded), because a network's
     rounding depends on the batch: among calls with one work unit, a sample's bits depend on its place in it at most.
 
     Args:
         seeds, numbers: (N,) int64 each.
+        shape: of a sample's noise.
         tick: told the number of samples of each finished chunk.
     """
     chunks = []

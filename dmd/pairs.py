@@ -32,6 +32,7 @@ class PairSpec:
         solver, steps, guidance: how the teacher samples.
         seed: key of noise and conditions.
         conditions: how many conditions there are; pair i has one of them, drawn from the seed.
+        prompts: SHA-256 of what they are.
         shape: (C, H, W) of noise and image.
         count: number of pairs.
         shard_size: pairs per shard; also the fixed work unit, so pairs do not depend on how many processes made them.
@@ -43,6 +44,7 @@ class PairSpec:
     guidance: float
     seed: int
     conditions: int
+    prompts: str
     shape: tuple[int, ...]
     count: int
     shard_size: int

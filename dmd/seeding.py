@@ -38,6 +38,7 @@ class Stream(enum.IntEnum):
     CONDITION_DROPOUT = 13
     SHAPES_SCENE = 16  # what the world of captioned shapes shows
     SHAPES_DRAWING = 17  # and where exactly: jitter of place, size and rotation
+    GUIDANCE_TIME = 19  # t of the real score's guidance, where it has its own
     LATENT_NOISE = 18  # of an autoencoder's posterior while it is taught
 
 

@@ -12,8 +12,9 @@ from dmd.pairs import PairSpec
 from dmd.seeding import Stream
 
 SPEC = PairSpec(
-    teacher="abc", solver="heun", steps=3, guidance=1.5, seed=9, conditions=4, shape=(1, 2, 2), count=23, shard_size=5
-)
+    teacher="abc", solver="heun", steps=3, guidance=1.5, seed=9, conditions=4, prompts="abcd", shape=(1, 2, 2),
+    count=23, shard_size=5,
+)  # fmt: skip
 
 
 def teacher(z, condition):

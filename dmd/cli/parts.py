@@ -21,8 +21,10 @@ def teach(argv: Sequence[str], prog: str) -> None:
         from dmd import build
 
         place = build.workplace(config)
+        if config.teacher.teacher is not None:
+            raise InputError(f"--teacher is {config.teacher.teacher}: this command makes one, so leave it out")
         data = build.image_set(config)
-        folder = build.teacher_folder(config, data)
+        folder = Path(build.teacher_source(config, data))
         build.check_shares(config, place)
         done = (folder / "model.safetensors").exists() and not (folder / "checkpoints").exists()
         place.accelerator.wait_for_everyone()
@@ -48,11 +50,12 @@ def pairs(argv: Sequence[str], prog: str) -> None:
         from dmd import build
 
         place = build.workplace(config)
-        data = place.together(lambda: build.image_set(config))
-        teacher, architecture = build.load_teacher(config, data, place, build.teacher_folder(config, data))
-        spec = build.pair_spec(config, teacher, architecture)
+        data = place.together(lambda: build.image_set(config)) if config.data.data else None
+        asked = build.prompts(config, data)
+        teacher = build.load_teacher(config, data, place, build.teacher_source(config, data))
+        spec = build.pair_spec(config, teacher, asked)
         folder = build.pair_folder(config, spec)
-        store = build.make_pairs(config, build.guided(config, teacher, architecture), spec, place, folder)
+        store = build.make_pairs(config, teacher, asked, spec, place, folder)
         if place.main:
             print(f"{len(store)} pairs: {folder}")
 

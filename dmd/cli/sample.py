@@ -1,11 +1,12 @@
-"""`sample.py` and `dmd sample`: images from a student (one step) or its teacher, by class and seed."""
+"""`sample.py` and `dmd sample`: images from a student (one step) or its teacher, by prompt and seed."""
 
 import re
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -13,30 +14,42 @@ from dmd.cli.flags import guarded, read
 from dmd.errors import InputError
 
 MAX_SEEDS = 1_000_000
+TINY = "madebyollin/taesd"
 
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """Make images: one for each asked class and seed."""
+    """Make images: one for each prompt (or class) and seed."""
 
     what: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """Class names (the digits model: 0 to 9). Left out, all of them."""
-    student: str = "runs/digits/student"
-    """Folder of a student or teacher (config.json, model.safetensors)."""
+    """Prompts, each in quotes; for a class-conditional network names of classes, all of them if left out."""
+    prompts: str | None = None
+    """File or folder of further prompts: .txt, .jsonl, .parquet, webdataset, or images with metadata.jsonl."""
+    student: str = "shapes"
+    """Folder of a student, for example runs/digits/student, or of a teacher; "shapes" is the student that ships."""
+    teacher: bool = False
+    """Beside it also sample its teacher, in many steps from the same noise."""
+    steps: int | None = None
+    """Steps of the teacher, 50 if left out. Without --teacher: run the given folder itself in so many steps."""
+    guidance_scale: float | None = None
+    """Guidance of many steps, uncond + s (cond - uncond); left out, what the student was distilled with, or 1. Students
+    have theirs built in."""
+    negative_prompt: str | None = None
+    """Not for one-step students."""
     seeds: str = "0-7"
     """Seeds, as in "0-7" or "1,5,9". A seed makes the same image whatever is sampled with it."""
     out: str = "out"
     """Folder for the PNGs."""
-    steps: int = 1
-    """1 runs the folder's network once, as a student; more run Heun's method on it, as a teacher."""
-    guidance: float = 1.0
-    """Guidance scale when sampling with many steps; students have theirs built in."""
     grid: bool = True
-    """Also write grid.png: a row per class."""
-    batch_size: int = 256
+    """Also write grid.png: a row per prompt."""
+    decoder: str = "full"
+    """Of latents: "full", "tiny" (madebyollin/taesd from the hub), or the folder of an AutoencoderTiny."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of the networks' arithmetic."""
+    batch_size: int = 64
     """Images at a time."""
-    cpu: bool = False
-    """Use the CPU though there is a GPU."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps; "auto" takes a GPU where there is one."""
 
 
 def main(argv: Sequence[str], prog: str = "sample.py") -> None:
@@ -45,13 +58,13 @@ def main(argv: Sequence[str], prog: str = "sample.py") -> None:
 
 def parse_seeds(text: str) -> list[int]:
     """ "0-7" or "1,5,9" or both to seeds. Raises InputError for anything else, and for seeds of 2^56 or more."""
-    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
-        raise InputError(f"--seeds is {text!r}: it should look like 0-7 or 1,5,9")
+    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text, re.ASCII):
+        raise InputError(f"--seeds is {text[:100]!r}: it should look like 0-7 or 1,5,9")
     seeds: list[int] = []
     for part in text.split(","):
         first, _, last = part.partition("-")
-        if int(last or first) < int(first) or int(last or first) >= 2**56:
-            raise InputError(f"--seeds has the range {part!r}: it must rise and stay below 2**56")
+        if max(len(first), len(last)) > 17 or int(last or first) < int(first) or int(last or first) >= 2**56:
+            raise InputError(f"--seeds has the range {part[:100]!r}: it must rise and stay below 2**56")
         if int(last or first) - int(first) >= MAX_SEEDS:
             raise InputError(f"--seeds has the range {part!r}: at most {MAX_SEEDS} seeds can be asked for at once")
         seeds += range(int(first), int(last or first) + 1)
@@ -61,58 +74,133 @@ def parse_seeds(text: str) -> list[int]:
 def sample(options: SampleOptions) -> None:
     """Write PNGs and print images per second."""
     seeds = parse_seeds(options.seeds)
-    if options.steps < 1 or options.batch_size < 1:
-        raise InputError(f"--steps is {options.steps} and --batch-size {options.batch_size}: both must be at least 1")
+    steps = 1 if options.steps is None else options.steps
+    many = options.teacher or steps > 1
+    if steps < 1 or options.batch_size < 1:
+        raise InputError(f"--steps is {steps} and --batch-size {options.batch_size}: both must be at least 1")
+    if options.negative_prompt is not None:
+        raise InputError(
+            "--negative-prompt needs guidance at every step, and a one-step student has its guidance built in: leave "
+            "it out, and say in the prompt what the image should show"
+        )
+    if options.guidance_scale is not None and not many:
+        raise InputError(
+            f"--guidance-scale {options.guidance_scale} is for many steps: a one-step student has its guidance built "
+            "in; add --teacher or --steps"
+        )
+    prompts = list(options.what) + _read_prompts(options.prompts)
+    for prompt in prompts:
+        if "\0" in prompt:
+            raise InputError(f"the prompt {prompt[:60]!r} holds a NUL character: remove it")
     import torch
 
-    from dmd.checkpoint import digest
-    from dmd.data.images import to_uint8
+    from dmd import models, teachers
     from dmd.denoiser import Guided
     from dmd.evaluation import save_grid
-    from dmd.generate import images, student_generator, teacher_generator
-    from dmd.log import progress
-    from dmd.solvers import heun
-    from dmd.teachers import pixel
+    from dmd.generate import Generator, student_generator, teacher_generator
+    from dmd.solvers import ddim
 
-    device = torch.device("cuda" if torch.cuda.is_available() and not options.cpu else "cpu")
-    denoiser, config = pixel.load(Path(options.student))
-    denoiser = denoiser.to(device)
-    numbers = class_numbers(options.what, config.classes)
+    device = _device(options.device)
+    autocast = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[options.precision]
+    folder = models.locate(options.student, "student")
+    student = teachers.load(folder, device, autocast)
+    codec = student.codec if options.decoder == "full" else teachers.tiny_codec(options.decoder, device, TINY)
+    prompts = prompts or list(student.classes)
+    if not prompts:
+        raise InputError(f"what should the images show? Give a prompt, such as: sample.py {models.EXAMPLE!r}")
+
+    student.encode(prompts[:1] if not student.classes else prompts)  # refuses unknown classes before anything is made
+
+    def steps_of(pipeline: Any, scale: float) -> Generator:
+        return teacher_generator(Guided(pipeline.denoiser, scale, pipeline.null()), ddim, options.steps or 50)
+
+    if options.teacher or not many:
+        runs: list[tuple[str, Any, Generator]] = [("student", student, student_generator(student.denoiser))]
+    else:
+        scale = 1.0 if options.guidance_scale is None else options.guidance_scale
+        runs = [("many steps", student, steps_of(student, scale))]
+    if options.teacher:
+        source, guidance = models.teacher_of(folder)
+        teacher = teachers.load(source, device, autocast)
+        scale = guidance if options.guidance_scale is None else options.guidance_scale
+        runs.append(("teacher", teacher, steps_of(teacher, scale)))
+
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
-    real = Guided(denoiser, options.guidance, config.null())
-    generator = student_generator(denoiser) if options.steps == 1 else teacher_generator(real, heun, options.steps)
-
-    pairs = [(n, s) for n in numbers for s in seeds]
-    asked, seed = (torch.tensor(v) for v in zip(*pairs, strict=True))
-    with progress(len(pairs), 0, "images", True, "img") as bar:
-        started = time.perf_counter()
-        x = images(generator, seed, pixel.labels, asked, config.shape, device, options.batch_size, bar.update)
-        seconds = time.perf_counter() - started
-
-    facts = {"network": digest(denoiser.net), "steps": str(options.steps)}
-    for pixels, (n, s) in zip(to_uint8(x), pairs, strict=True):
-        _save_png(pixels, out / f"class-{n:03d}-seed-{s}.png", facts | {"class": config.classes[n], "seed": str(s)})
+    rows: list[Any] = []
+    titles: list[str] = []
+    for name, pipeline, generator in runs:
+        x, rate = _images(pipeline, generator, codec, prompts, seeds, options.batch_size, device, name)
+        facts = {"network": pipeline.digest(), "sampled": name, "steps": str(1 if name == "student" else options.steps)}
+        prefix = "" if len(runs) == 1 else f"{name}-"
+        for image, (n, s) in zip(x, [(n, s) for n in range(len(prompts)) for s in seeds], strict=True):
+            path = out / f"{prefix}{n:03d}-{slug(prompts[n])}-seed-{s}.png"
+            _save_png(image, path, facts | {"prompt": prompts[n], "seed": str(s)})
+        rows.append(x.unflatten(0, (len(prompts), len(seeds))))
+        titles += [f"{name}: {p}" for p in prompts]
+        print(f"{name}: {len(x)} images in {out}, {rate:.3g} images per second on {device.type}")
     if options.grid:
-        rows = list(x.view(len(numbers), len(seeds), *config.shape))
-        save_grid(rows, out / "grid.png", max(1, 32 // config.size), [config.classes[n] for n in numbers])
-    print(f"{len(pairs)} images in {out}, {len(pairs) / seconds:.0f} images per second on {device.type}")
+        grid = [row for each in zip(*rows, strict=True) for row in each]
+        save_grid(grid, out / "grid.png", max(1, 64 // grid[0].shape[-1]), titles)
 
 
-def class_numbers(names: Sequence[str], classes: Sequence[str]) -> list[int]:
-    """Numbers of the named classes, all if none is named. Raises InputError for an unknown name."""
-    unknown = [n for n in names if n not in classes]
-    if unknown:
-        raise InputError(f"there is no class {unknown[0]!r}: this network knows {', '.join(classes)}")
-    return [classes.index(n) for n in names] or list(range(len(classes)))
+def _images(
+    pipeline: Any, generator: Any, codec: Any, prompts: Sequence[str], seeds: Sequence[int], batch_size: int,
+    device: Any, title: str,
+) -> tuple[Any, float]:  # fmt: skip
+    """(len(prompts) * len(seeds), C, H, W) images, prompt by prompt, and how many a second."""
+    import torch
+
+    from dmd.generate import decoded, images
+    from dmd.log import progress
+    from dmd.pipeline import conditions
+
+    number = torch.arange(len(prompts)).repeat_interleave(len(seeds))
+    seed = torch.tensor(seeds).repeat(len(prompts))
+    with progress(len(seed), 0, title, True, "img") as bar, warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: bar.write(f"note: {message}")
+        started = time.perf_counter()
+        x = images(
+            decoded(generator, codec), seed, conditions(pipeline, prompts), number, pipeline.shape, device, batch_size,
+            bar.update,
+        )  # fmt: skip
+        return x, len(seed) / (time.perf_counter() - started)
 
 
-def _save_png(pixels: Any, path: Path, facts: dict[str, str]) -> None:
+def slug(prompt: str) -> str:
+    """A prompt as part of a file's name: letters and digits of any script, at most 40 of them."""
+    return re.sub(r"[\W_]+", "-", prompt[:40]).strip("-").lower() or "image"
+
+
+def _read_prompts(path: str | None) -> list[str]:
+    if path is None:
+        return []
+    from dmd.data import prompts
+
+    return prompts.read(path).texts
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise InputError(f"--device is {name!r}, which is not there: give auto, cpu, cuda or mps") from None
+    return device
+
+
+def _save_png(image: Any, path: Path, facts: dict[str, str]) -> None:
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
-    array = pixels.permute(1, 2, 0).contiguous().numpy()
+    from dmd.data.images import to_uint8
+
+    array = to_uint8(image).permute(1, 2, 0).contiguous().numpy()
     info = PngInfo()
     for key, value in facts.items():
-        info.add_text(key, value)
+        info.add_itxt(key, value)
     Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array).save(path, pnginfo=info)

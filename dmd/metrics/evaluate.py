@@ -73,7 +73,12 @@ class Reference:
 
 
 def evaluate(
-    images: Tensor, labels: Tensor | None, net: FeatureNet, reference: Reference, batch: int = 256
+    images: Tensor,
+    labels: Tensor | None,
+    net: FeatureNet,
+    reference: Reference,
+    batch: int = 256,
+    groups: Tensor | None = None,
 ) -> dict[str, float]:
     """Figures of images against a reference, as they would be of PNG files: rounded to 256 levels first.
 
@@ -83,12 +88,13 @@ def evaluate(
         net: the network that `reference` was measured with.
         reference: `Reference.of(...)`.
         batch: images at a time.
+        groups: (N,) equal where images were asked for the same; `labels` if left out.
 
     Returns:
         fd: Fréchet distance of the features of all images; small counts bias it upwards.
         precision, recall, density, coverage: k = 3, on at most `MANIFOLD_SAMPLES` of each side (`spread`).
-        diversity: mean cosine distance of features within a label (`manifold.diversity`), or within all
-            images if there are no labels; left out if no two images share one.
+        diversity: mean cosine distance of features within a group (`manifold.diversity`), or within all
+            images if there are no groups; left out if no two images share one.
         accuracy: part of the images that the network gives their label; left out without labels.
         brightness: mean of all pixels, in [-1, 1].
         contrast: standard deviation of an image's pixels and channels, averaged over the images.
@@ -112,15 +118,12 @@ def evaluate(
         "contrast": pixels.flatten(1).std(1, correction=0).mean().item(),
         "count": float(len(pixels)),
     }
-    return figures | _by_label(features, logits, None if labels is None else labels.cpu())
-
-
-def _by_label(features: Tensor, logits: Tensor, labels: Tensor | None) -> dict[str, float]:
-    if labels is None:
-        return {"diversity": diversity(features, torch.zeros(len(features), dtype=torch.int64))}
-    figures = {"accuracy": (logits.argmax(1) == labels).double().mean().item()}
-    if len(labels.unique()) < len(labels):
-        figures["diversity"] = diversity(features, labels)
+    if labels is not None:
+        figures["accuracy"] = (logits.argmax(1) == labels.cpu()).double().mean().item()
+    groups = labels if groups is None else groups
+    groups = torch.zeros(len(features), dtype=torch.int64) if groups is None else groups.cpu()
+    if len(groups.unique()) < len(groups):
+        figures["diversity"] = diversity(features, groups)
     return figures
 
 

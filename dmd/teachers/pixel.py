@@ -1,7 +1,8 @@
 """Pixel-space denoisers on the disk: `config.json` beside `model.safetensors`. Teachers and students look the same."""
 
 import json
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dmd import checkpoint
+from dmd.codec import Codec, Identity
 from dmd.denoiser import Cond, NetworkDenoiser, karras
 from dmd.errors import InputError
 from dmd.noise import Karras
@@ -49,8 +51,42 @@ class PixelConfig:
 
 
 def labels(numbers: Tensor) -> Cond:
-    """Condition numbers (B,) as the condition of a class-conditional network."""
+    """Class numbers (B,) as the condition of a class-conditional network."""
     return {"label": numbers}
+
+
+@dataclass(frozen=True, eq=False)
+class Pixel:
+    """A class-conditional denoiser of pixels as a `dmd.pipeline.Pipeline`; prompts are names of classes."""
+
+    denoiser: NetworkDenoiser
+    config: PixelConfig
+    codec: Codec = field(default_factory=Identity)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.config.shape
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.config.classes
+
+    def encode(self, prompts: Sequence[str]) -> Cond:
+        """{"label": (B,) int64}. Raises InputError for a name that is not of a class."""
+        classes = self.config.classes
+        unknown = [name for name in prompts if name not in classes]
+        if unknown:
+            raise InputError(f"there is no class {unknown[0]!r}: this network knows {', '.join(classes)}")
+        return labels(torch.tensor([classes.index(name) for name in prompts], dtype=torch.int64))
+
+    def null(self) -> Cond:
+        return self.config.null()
+
+    def digest(self) -> str:
+        return checkpoint.digest(self.denoiser.net)
+
+    def save(self, denoiser: NetworkDenoiser, folder: Path) -> None:
+        save(denoiser.net.get_submodule("unet"), self.config, folder)
 
 
 def build(config: PixelConfig, seed: int = 0, autocast: torch.dtype | None = None) -> NetworkDenoiser:
@@ -72,8 +108,8 @@ def save(unet: torch.nn.Module, config: PixelConfig, folder: Path) -> None:
     checkpoint.save_weights(unet, folder / "model.safetensors")
 
 
-def load(folder: Path, autocast: torch.dtype | None = None) -> tuple[NetworkDenoiser, PixelConfig]:
-    """A denoiser from a folder that `save` wrote, or from an own state dict with such a `config.json`.
+def load(folder: Path, device: torch.device | str = "cpu", autocast: torch.dtype | None = None) -> Pixel:
+    """A pipeline from a folder that `save` wrote, or from an own state dict with such a `config.json`.
 
     Raises:
         InputError: files missing or damaged, unknown or missing keys, weights of another architecture.
@@ -84,7 +120,9 @@ def load(folder: Path, autocast: torch.dtype | None = None) -> tuple[NetworkDeno
     except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{folder / 'config.json'} describes no network that can be built: {error}") from None
     checkpoint.load_weights(denoiser.net.get_submodule("unet"), folder / "model.safetensors")
-    return denoiser.eval(), config
+    denoiser = denoiser.to(device).eval()
+    denoiser.net.to(memory_format=torch.channels_last)
+    return Pixel(denoiser, config)
 
 
 def read_config(folder: Path) -> PixelConfig:

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmd import codec
+from dmd import checkpoint, codec
 from dmd.codec import Codec
 from dmd.denoiser import Cond, NetworkDenoiser
 from dmd.errors import InputError
 from dmd.noise import DDPM
-from dmd.teachers import layout
+from dmd.teachers import export, layout
 
 
 class TimestepNet(nn.Module):
@@ -93,20 +93,34 @@ class StableDiffusion:
         text: prompts to conditions; frozen.
         codec: images in [-1, 1] to latents and back; frozen.
         shape: (c, h, w) of the latents that the UNet was trained on.
+        folder: where it was read.
     """
 
     denoiser: NetworkDenoiser
     text: TextEncoder
     codec: Codec
     shape: tuple[int, int, int]
+    folder: Path
 
     def encode(self, prompts: Sequence[str]) -> Cond:
         """See `TextEncoder.encode`."""
         return self.text.encode(prompts)
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return ()
+
     def null(self) -> Cond:
         """The empty condition, one row."""
         return self.text.null
+
+    def digest(self) -> str:
+        """SHA-256 of the weights of UNet and text encoder."""
+        return checkpoint.digest(nn.ModuleList([self.denoiser.net, self.text.network]))
+
+    def save(self, denoiser: NetworkDenoiser, folder: Path) -> None:
+        """See `export.save_student`."""
+        export.save_student(denoiser.net.get_submodule("unet"), self.folder, folder)
 
 
 def load(
@@ -153,7 +167,27 @@ def load(
         TextEncoder(text, network),
         make(vae, vae.config.scaling_factor),
         settings.shape,
+        folder,
     )
+
+
+def load_tiny(source: str, device: torch.device | str = "cpu") -> codec.Tiny:
+    """A tiny autoencoder (madebyollin/taesd): a folder of diffusers' AutoencoderTiny, or its id on the hub.
+
+    Raises:
+        InputError: there is no such folder, no such id or none that can be had now, or it is something else.
+    """
+    from diffusers import AutoencoderTiny
+
+    try:
+        vae = AutoencoderTiny.from_pretrained(source, use_safetensors=True)
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{source} is no AutoencoderTiny that can be read or had from the hub ({layout.first_sentence(error)}): "
+            "give the folder of one"
+        ) from None
+    vae = nn.Module.to(vae, device=device).eval().requires_grad_(False)
+    return codec.Tiny(vae, vae.config.scaling_factor)
 
 
 def _network(kind: Any, folder: Path, variant: str | None, dtype: torch.dtype, device: torch.device | str) -> Any:

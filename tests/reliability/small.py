@@ -18,6 +18,7 @@ from accelerate import Accelerator
 
 from dmd import log, pairs
 from dmd.batches import DistillBatches, Share
+from dmd.denoiser import Guided
 from dmd.distill import Distiller
 from dmd.ema import Ema
 from dmd.losses import squared_distance
@@ -25,7 +26,7 @@ from dmd.run import Cadence, Progress, Run, clip_and_check
 from dmd.teachers import pixel
 
 CONFIG = pixel.PixelConfig(("a", "b", "c"), 1, 4, 8, (1,), 1, (False,))
-SPEC = pairs.PairSpec("none", "tanh", 1, 1.0, 5, 3, CONFIG.shape, 12, 6)
+SPEC = pairs.PairSpec("none", "tanh", 1, 1.0, 5, 3, "abc", CONFIG.shape, 12, 6)
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ def build(job: Job, share: Share) -> tuple[Distiller, DistillBatches]:
     teacher.to(memory_format=torch.channels_last)
     student, fake = copy.deepcopy(teacher), copy.deepcopy(teacher)
     distiller = Distiller(
-        student, teacher, fake, adam(student), adam(fake), Ema(student.net, 0.9), squared_distance, 0.25, 1.0,
-        clip_and_check,
+        student, Guided(teacher, 1.0, CONFIG.null()), fake, adam(student), adam(fake), Ema(student.net, 0.9),
+        squared_distance, 0.25, 1.0, clip_and_check,
     )  # fmt: skip
     batches = DistillBatches(
         3, CONFIG.shape, 3, pixel.labels, 12, pair_store(Path(job.directory).parent / "pairs"), 12,

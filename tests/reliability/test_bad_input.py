@@ -97,7 +97,7 @@ class Payload:
 
 
 TEACHERS = {
-    "missing folder": (shutil.rmtree, r"teacher.config.json does not exist: give the folder of a teacher"),
+    "missing folder": (shutil.rmtree, r"teacher is no folder, and no id on the hub"),
     "no config": (lambda f: (f / "config.json").unlink(), r"config.json does not exist: give the folder of a teacher"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), r"model.safetensors does not exist"),
     "unknown key": (lambda f: rewrite(f, wdith=8), r"config.json has the unknown key 'wdith': known are .*width"),
@@ -107,7 +107,7 @@ TEACHERS = {
     "not JSON": (lambda f: (f / "config.json").write_text("{"), r"config.json is not a JSON object"),
     "a list": (lambda f: (f / "config.json").write_text("[1]"), r"config.json is not a JSON object"),
     "another architecture": (lambda f: rewrite(f, width=12), r"safetensors belongs to another architecture: tensor"),
-    "other image size": (lambda f: rewrite(f, size=16), r"makes 1 x 16 x 16 images of 3 classes, but the data has 1 x"),
+    "other image size": (lambda f: rewrite(f, size=16), r"makes images of 1 x 16 x 16, but those of .* have 1 x 8 x 8"),
     "pickled weights": (
         lambda f: torch.save({"weight": Payload()}, f / "model.safetensors"),
         r"model.safetensors is not a readable safetensors file",
@@ -128,7 +128,7 @@ def test_a_teacher_that_does_not_fit_is_refused_before_anything_is_written(world
     flags = world.flags(tmp_path / "run", "--teacher", str(teacher))
     assert re.search(sentence, refused(train.main, flags, tmp_path, world.root / "cache"))
     if teacher.exists():
-        flags = ["--student", str(teacher), "--out", str(tmp_path / "out"), "--cpu"]
+        flags = ["--student", str(teacher), "--out", str(tmp_path / "out"), "--device", "cpu"]
         if name != "other image size":  # a student of any size can be sampled
             assert re.search(sentence, refused(sample.main, flags, tmp_path))
     assert not (tmp_path / "executed").exists()
@@ -277,7 +277,7 @@ SAMPLE = {
     "--seeds 7-3": r"--seeds has the range '7-3': it must rise",
     "--seeds 0-99999999999": r"--seeds has the range '0-99999999999': at most 1000000 seeds",
     "--steps 0": r"--steps is 0 .*must be at least 1",
-    "--student nowhere": r"nowhere.config.json does not exist: give the folder of a teacher or student",
+    "--student nowhere": r"nowhere is no folder, and no id on the hub",
     "zebra": r"there is no class 'zebra': this network knows a, b, c",
     "--bogus": r"Unrecognized options: --bogus; see sample.py --help",
 }
@@ -285,13 +285,13 @@ SAMPLE = {
 
 @pytest.mark.parametrize("text", SAMPLE)
 def test_wrong_questions_to_the_sampler_are_refused(world, refused, tmp_path, text):
-    flags = ["--student", str(world.teacher), "--out", str(tmp_path / "out"), "--cpu", *text.split()]
+    flags = ["--student", str(world.teacher), "--out", str(tmp_path / "out"), "--device", "cpu", *text.split()]
     assert re.search(SAMPLE[text], refused(sample.main, flags, tmp_path))
 
 
 def test_the_sampler_does_not_write_into_a_file(world, refused, tmp_path):
     (tmp_path / "out").write_text("mine")
-    flags = ["--student", str(world.teacher), "--out", str(tmp_path / "out"), "--cpu"]
+    flags = ["--student", str(world.teacher), "--out", str(tmp_path / "out"), "--device", "cpu"]
     assert re.search(r"out: File exists; give a folder", refused(sample.main, flags, tmp_path))
 
 
@@ -315,7 +315,7 @@ def read_only(tmp_path):
 def test_a_read_only_disk_is_named(world, refused, read_only):
     sentence = refused(train.main, world.flags(read_only / "run"), read_only)
     assert re.search(r"fixed.run: (Read-only file system|Permission denied); give a folder that can be", sentence)
-    flags = ["--student", str(world.teacher), "--out", str(read_only / "out"), "--cpu"]
+    flags = ["--student", str(world.teacher), "--out", str(read_only / "out"), "--device", "cpu"]
     assert re.search(r"fixed.out: (Read-only file system|Permission denied)", refused(sample.main, flags, read_only))
 
 
