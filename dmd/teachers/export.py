@@ -44,8 +44,9 @@ def save_student(
     """Write a student as a stock StableDiffusionPipeline.
 
     `pipe(prompt, num_inference_steps=1, guidance_scale=0)` makes what `dmd.solvers.one_step` makes, decoded. Tokenizer,
-    text encoder, VAE and the UNet's config are those of `source`, byte for byte; only where transformers 5 wrote them
-    in a way that older versions misread, the same content is written as those expect it.
+    text encoder, VAE and the UNet's config are those of `source`, byte for byte; only what some version of transformers
+    would misread is written anew: weights without `text_model.`, a tokenizer without vocab.json, and a text encoder's
+    config that does not say float32, in which diffusers loads the rest.
 
     The folder appears when it is whole; a student that was there is replaced then.
 
@@ -189,7 +190,9 @@ def _write(
     temporary.mkdir()
     try:
         for part, files in parts.items():
-            _copy(origin / part / "config.json", temporary / part / "config.json")
+            (temporary / part).mkdir()
+            copy = _copy_text_config if part == "text_encoder" else _copy
+            copy(origin / part / "config.json", temporary / part / "config.json")
             _copy_weights(files, part, temporary / part / f"{layout.STEMS[part]}.safetensors")
         _copy_tokenizer(origin / "tokenizer", temporary / "tokenizer")
         (temporary / "scheduler").mkdir()
@@ -260,6 +263,19 @@ def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor
     if wrong:
         raise InputError(f"the tensor {wrong[0]!r} has values that are not finite as {str(dtype).split('.')[1]}")
     return found
+
+
+def _copy_text_config(source: Path, target: Path) -> None:
+    """The config, which must not have half precision loaded beside a UNet in float32.
+
+    transformers 5 loads in the precision that the config tells, or else in that of the weights; diffusers in float32.
+    """
+    config = json.loads(source.read_text(encoding="utf-8"))
+    key = "dtype" if "dtype" in config else "torch_dtype"
+    if config.get(key) == "float32":
+        _copy(source, target)
+    else:
+        checkpoint.write_json(target, config | {key: "float32"})
 
 
 def _copy_weights(files: list[Path], part: str, plain: Path) -> None:

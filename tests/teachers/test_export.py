@@ -207,6 +207,20 @@ def test_half_precision(student, source, tmp_path, z):
         assert (tmp_path / "again" / name).read_bytes() == expected.read_bytes()
 
 
+@pytest.mark.parametrize("told", ["dtype", "torch_dtype", None])
+@torch.no_grad()
+def test_a_teacher_in_half_precision(folder, tmp_path, z, told):
+    """transformers 5 would load its text encoder in float16, and diffusers the UNet that reads it in float32."""
+    for name in (UNET, VAE, TEXT):
+        save_file({k: v.half() for k, v in load_file(folder / name).items()}, folder / name, {"format": "pt"})
+    edit(folder / "text_encoder" / "config.json", dtype=None, torch_dtype=None)
+    edit(folder / "text_encoder" / "config.json", **({told: "float16"} if told else {}))
+    ours, denoiser = student_of(folder)
+    export.save_student(denoiser.net.unet, folder, tmp_path / "student")
+    assert (tmp_path / "student" / TEXT).read_bytes() == (folder / TEXT).read_bytes()
+    check_same(latents(stock(tmp_path / "student"), z), one_step(denoiser, z, ours.encode(PROMPTS)))
+
+
 def test_a_bfloat16_student_is_written_as_float32(student, source, tmp_path):
     unet = copy.deepcopy(student[1].net.unet)
     torch.nn.Module.to(unet, torch.bfloat16)
@@ -407,13 +421,21 @@ def test_names_of_the_single_file(student, tmp_path):
         assert name in tensors
 
 
-def test_the_single_file_in_half_precision(student, tmp_path):
+@torch.no_grad()
+def test_the_single_file_in_half_precision(student, tmp_path, z):
+    from diffusers import LCMScheduler, StableDiffusionPipeline
+
     export.single_file(student[0], tmp_path / "full.safetensors")
     export.single_file(student[0], tmp_path / "half.safetensors", half=True)
     full, half = (load_file(tmp_path / f"{name}.safetensors") for name in ("full", "half"))
     assert {v.dtype for v in half.values()} == {torch.float16}
     assert full.keys() == half.keys()
     assert all(torch.equal(full[k].half(), v) for k, v in half.items())
+    pipe = StableDiffusionPipeline.from_single_file(
+        tmp_path / "half.safetensors", config=str(student[0]), local_files_only=True
+    )
+    pipe.scheduler = LCMScheduler.from_pretrained(student[0], subfolder="scheduler")
+    torch.testing.assert_close(latents(pipe, z), latents(stock(student[0]), z), rtol=0, atol=0.05)
 
 
 def test_old_names_of_an_autoencoder_s_attention(student, tmp_path):
