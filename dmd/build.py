@@ -398,7 +398,8 @@ def ema_denoiser(task: Distiller) -> NetworkDenoiser:
 
 
 def feature_net(config: Config, data: ImageSet) -> FeatureNet:
-    """The Fréchet distance's network: a given CIFAR ResNet, or a small classifier trained on the data and cached."""
+    """The Fréchet distance's network: a given CIFAR ResNet, or a small classifier trained on the data and cached; that
+    of the world of shapes ships."""
     from dmd.metrics import networks
 
     if config.evaluation.features is not None:
@@ -408,6 +409,8 @@ def feature_net(config: Config, data: ImageSet) -> FeatureNet:
                 f"--features {config.evaluation.features} takes images of {net.shape}, but the data has {data.shape}"
             )
         return net
+    if config.data.data == "shapes":
+        return networks.load_classifier(models.FEATURES)
     seed = config.run.seed % 2**32  # what torch's own generator can tell apart
     return networks.train_classifier(data, None, seed, Path(config.run.cache_dir) / "classifiers")
 
@@ -421,19 +424,20 @@ def judge(
     The feature network is trained (or loaded) by the main process first, so that the others find it cached.
     """
     measures: list[evaluation.Measure] = []
-    name, count, repeats = "", 0, 1 if config.data.prompts is None else config.evaluation.repeats
+    name, count = "", 0
+    by_class = config.data.prompts is None
     if data is not None and reference is not None:
         place.first(lambda: feature_net(config, data))
         net = feature_net(config, data).to(place.device)
         measured = evaluation.Reference.of(reference, net)
-        by = evaluation.class_measure if config.data.prompts is None else evaluation.prompt_measure
-        measures.append(by(net, measured))
+        measures.append((evaluation.class_measure if by_class else evaluation.prompt_measure)(net, measured))
         name, count = net.name, measured.count
     if config.data.prompts == "shapes":
         scenes = shapes.scenes(config.run.seed, torch.arange(UNSEEN, UNSEEN + config.data.captions))
         measures.append(evaluation.caption_measure(scenes))
         asked = [shapes.caption(s) for s in scenes]
-    return evaluation.Judge(teacher, asked, measures, name, count, place.device, repeats, show=place.main)
+    best, repeats = ("eval/fd", 1) if by_class else (None, config.evaluation.repeats)
+    return evaluation.Judge(teacher, asked, measures, name, count, place.device, best, repeats, show=place.main)
 
 
 def distill_batches(

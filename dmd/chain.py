@@ -131,9 +131,8 @@ class Chain:
             if not self.place.main:
                 return {}
             self._picture(distiller, average, batches(0).batches[0], teacher.codec, step)
-            if not judge.measures:
+            if judge.best is None:
                 teacher.save(average, student)
-                return {}
             return judge.in_loop(student_generator(average), config.evaluation.eval_samples)
 
         run = Run(
@@ -152,7 +151,7 @@ class Chain:
             self.place.accelerator,
             title="distil",
             evaluate=evaluate,
-            best="eval/fd",
+            best=judge.best,
             keep_best=lambda step: teacher.save(average, student),
             sinks=build.sinks(config, self.folder),
         )
@@ -181,7 +180,7 @@ class Chain:
         figures, x_student, x_teacher = evaluation.compare(
             judge, student_generator(student.denoiser), generator, config.evaluation.final_samples, evaluations
         )
-        count = min(2 * len(judge.prompts), 32)
+        count = min(2 * len(judge.prompts), 32) if judge.best else 16
         shown = [x[:count] for x in (x_student, x_teacher)]
         scale = max(1, 32 // x_student.shape[-1])
         evaluation.save_grid(shown, self.folder / "samples" / "final.png", scale, ("student", "teacher"))
@@ -202,6 +201,7 @@ class Chain:
             "metric": judge.name,
             "reference_images": judge.reference_images,
             "samples": self.config.evaluation.final_samples,
+            "prompts": list(judge.prompts[:16]) if judge.best is None else [],
             "wall_seconds": time.monotonic() - self.started,
             "distil_seconds": progress.seconds,
             "generator_updates": updates,

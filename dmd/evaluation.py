@@ -36,6 +36,7 @@ class Judge:
         measures: their results are joined.
         name: of the network behind "fd".
         reference_images: how many real images it is measured against.
+        best: the figure whose smallest value marks the student to keep; None keeps the latest.
         repeats: images of every prompt, in a sample of few images; many take all prompts in turn.
         batch_size: work unit in which samples are made.
         show: draw a progress bar.
@@ -47,6 +48,7 @@ class Judge:
     name: str
     reference_images: int
     device: torch.device
+    best: str | None = None
     repeats: int = 1
     batch_size: int = 250
     show: bool = True

@@ -45,7 +45,7 @@ FEW_SAMPLES = 10_000
 """A Fréchet distance from fewer samples is visibly biased upwards."""
 MAX_ROWS = 200
 """Longer tables of evaluations are thinned."""
-MAX_PNG = 32
+MAX_PNG = 64
 """Images up to this size are kept exactly; larger ones become JPEG."""
 MAX_TILE = 96
 """Larger sample images are shrunk to this size."""
@@ -106,9 +106,16 @@ class RunFiles:
         return figures if isinstance(figures, dict) else {}
 
     def best(self) -> tuple[int, float] | None:
-        """Step and distance of the best evaluation."""
+        """Step and distance of the evaluation whose student is kept: the best, or with prompts the last."""
         finite = [p for p in self.metrics.get("eval/fd", []) if math.isfinite(p[1])]
+        if self.keeps_last:
+            return finite[-1] if finite else None
         return min(finite, key=lambda p: p[1], default=None)
+
+    @property
+    def keeps_last(self) -> bool:
+        """Whether this run asks for prompts, and so keeps the student of its last evaluation."""
+        return self.option("data", "prompts") is not None
 
 
 def read(folder: Path) -> RunFiles:
@@ -216,7 +223,13 @@ HEALTH = (
         level="accuracy",
     ),
     Plan(
-        "Diversity within a class",
+        "Caption agreement",
+        [("eval/caption_agreement", "student")],
+        "Climbs to the teacher’s line: images show all that their captions say.",
+        level="caption_agreement",
+    ),
+    Plan(
+        "Diversity within a class or prompt",
         [("eval/diversity", "student")],
         "Ends near the teacher’s line. Far below it the student repeats itself, whatever its distance.",
         level="diversity",
@@ -225,6 +238,12 @@ HEALTH = (
         "Fake–real gap",
         [("health/fake_real_gap", "mean |x0_fake − x0_real|")],
         "Rises from 0, then levels off or falls. Growth without end means that the student is leaving the data.",
+    ),
+    Plan(
+        "Parts of the matching gradient",
+        [("health/matching_part", "matching"), ("health/guidance_part", "guidance")],
+        "The guidance part starts large and falls as the student comes to what guidance asks for; the matching part "
+        "answers it.",
     ),
     Plan(
         "Normaliser",
@@ -255,8 +274,9 @@ def _distance_chart(run: RunFiles) -> Chart | None:
     best = run.best()
     if best is None:
         return None
+    kept = "the last" if run.keeps_last else "the best"
     hint = (
-        f"Falls towards the teacher’s line and may pass it. The student of step {best[0]:,}, the best, is the one kept."
+        f"Falls towards the teacher’s line and may pass it. The student of step {best[0]:,}, {kept}, is the one kept."
     )
     counted, final = run.metrics.get("eval/count"), number(run.final("teacher").get("count"))
     if counted and final and counted[-1][1] != final:
@@ -287,7 +307,7 @@ def _chart(run: RunFiles, plan: Plan, best: tuple[int, float] | None = None) -> 
         [curve(label, series, x, y) for label, series in named],
         Level(f"teacher {show(level)}", percent(1 - y.at(level))) if level is not None else None,
         percent(1 - y.at(0.0)) if plan.zero else None,
-        (f"best {show(best[1])} at step {best[0]:,}", *place(best, x, y)) if best else None,
+        (f"kept: {show(best[1])} at step {best[0]:,}", *place(best, x, y)) if best else None,
         [Tick(text, percent(1 - y.at(t))) for t, text in zip(y.ticks, y_texts, strict=True)],
         [Tick(text, percent(x.at(t))) for t, text in zip(x.ticks, step_texts(x), strict=True)],
         in_words(plan.title, named, level),
@@ -540,8 +560,13 @@ def _is_finished(run: RunFiles) -> bool:
 def _headline(run: RunFiles) -> str:
     ratio, speed = number(run.summary.get("fd_ratio")), number(run.summary.get("speedup"))
     if _is_finished(run) and ratio is not None and speed is not None:
+        agreement = run.final("student").get("caption_agreement"), run.final("teacher").get("caption_agreement")
+        ours, theirs = map(number, agreement)
+        shows = (
+            f"{ours:.1%} of its images show their caption ({theirs:.1%} of its teacher’s), " if ours and theirs else ""
+        )
         return (
-            f"At one step, the student’s distance is {show(ratio)} times its teacher’s, and it is "
+            f"At one step, {shows}the student’s distance is {show(ratio)} times its teacher’s, and it is "
             f"{speed:.1f} times as fast."
         )
     if _is_finished(run):
@@ -551,7 +576,8 @@ def _headline(run: RunFiles) -> str:
         return "This run is not finished: it has not begun to distil."
     done = f"step {run.last_step:,}" + (f" of {show(total)}" if total else "")
     text = f"This run is not finished: it has reached {done}."
-    return text + (f" The best distance so far is {show(best[1])}, at step {best[0]:,}." if best else "")
+    so_far = "last" if run.keeps_last else "best"
+    return text + (f" The {so_far} distance so far is {show(best[1])}, at step {best[0]:,}." if best else "")
 
 
 OBJECTIVES = {"dmd": "matching and regression", "matching": "matching only", "regression": "regression only"}
@@ -592,7 +618,7 @@ def _cautions(run: RunFiles) -> Iterator[str]:
         figures = ", ".join(poor)
         yield f"The student is much less varied than its teacher ({figures}). The distance alone does not show this."
     series, best = run.metrics.get("eval/fd", []), run.best()
-    if _is_finished(run) and best and len(series) > 2 and best[0] == series[-1][0]:
+    if _is_finished(run) and not run.keeps_last and best and len(series) > 2 and best[0] == series[-1][0]:
         yield (
             "The last evaluation was the best, so the student may still be improving: "
             "the same command with a larger --max-train-steps goes on from here."
@@ -618,17 +644,29 @@ def _comparison_caption(run: RunFiles) -> str:
     classes = run.student.get("classes")
     if isinstance(classes, list) and 1 < len(classes) <= 12:
         text += f" Classes in turn: {', '.join(map(str, classes))}."
+    prompts = run.summary.get("prompts")
+    if isinstance(prompts, list) and prompts:
+        text += " Captions in turn: " + "; ".join(f"{i}. {p}" for i, p in enumerate(prompts, 1)) + "."
     return text
 
 
 FIGURES = {
     "fd": ("", "lower is better"),
     "accuracy": ("Accuracy", "samples that show their class"),
+    "caption_agreement": ("Caption agreement", "images that show all of their caption"),
+    "caption_one_thing": ("– of one thing", ""),
+    "caption_two_things": ("– of two things", ""),
+    "caption_count": ("– how many things", ""),
+    "caption_shape": ("– their shapes", ""),
+    "caption_colour": ("– their colours", ""),
+    "caption_size": ("– their sizes", ""),
+    "caption_where": ("– place or relation", ""),
+    "caption_background": ("– background", ""),
     "precision": ("Precision", "samples that look real"),
     "recall": ("Recall", "real images that are covered"),
     "density": ("Density", "precision, robust to outliers"),
     "coverage": ("Coverage", "recall, robust to outliers"),
-    "diversity": ("Diversity", "within a class"),
+    "diversity": ("Diversity", "within a class or prompt"),
     "brightness": ("Brightness", "mean, −1 to 1"),
     "contrast": ("Contrast", "within an image"),
     "images_per_second": ("Images per second", ""),
@@ -638,6 +676,7 @@ FIGURES = {
 """Names and explanations of final figures, in the order of the table."""
 
 FRACTIONS = {"accuracy", "precision", "recall", "density", "coverage", "diversity", "brightness", "contrast"}
+FRACTIONS |= {name for name in FIGURES if name.startswith("caption_")}
 NO_RATIO = {"count", "brightness"}
 
 
@@ -685,7 +724,8 @@ def _evaluations(run: RunFiles) -> Evaluations | None:
     best = run.best()
     if best is None:
         return None
-    columns = [n for n in ("fd", "accuracy", "precision", "recall", "diversity") if f"eval/{n}" in run.metrics]
+    shown = ("fd", "accuracy", "caption_agreement", "precision", "recall", "diversity")
+    columns = [n for n in shown if f"eval/{n}" in run.metrics]
     by_step = {n: dict(run.metrics[f"eval/{n}"]) for n in columns}
     steps = list(by_step["fd"])
     every = math.ceil(len(steps) / MAX_ROWS)

@@ -164,10 +164,10 @@ def test_figures_are_those_of_the_summary(folder):
 
 def test_unknown_figures_are_shown_under_their_own_names(folder):
     summary = json.loads((folder / "summary.json").read_text())
-    summary["teacher"]["caption_agreement"], summary["student"]["caption_agreement"] = 0.5, 0.25
+    summary["teacher"]["clip_score"], summary["student"]["clip_score"] = 0.5, 0.25
     (folder / "summary.json").write_text(json.dumps(summary))
     seen = see(folder)
-    assert "caption_agreement" in seen.text
+    assert "clip_score" in seen.text
     assert [v for section, v in seen.rows if section == "figures"][-1] == [0.5, 0.25, 0.5]
 
 
@@ -186,7 +186,7 @@ def test_every_line_of_metrics_is_a_point(folder):
         ("Regression loss", "regression"): STEPS // LOG,
         ("Fake score’s loss", "fake score"): STEPS // LOG,
         ("Accuracy", "student"): STEPS // EVALUATE,
-        ("Diversity within a class", "student"): STEPS // EVALUATE,
+        ("Diversity within a class or prompt", "student"): STEPS // EVALUATE,
         ("Fake–real gap", "mean |x0_fake − x0_real|"): STEPS // LOG,
         ("Normaliser", "mean |x − x0_real|"): STEPS // LOG,
         ("Drift from the teacher", "brightness"): STEPS // LOG,
@@ -200,7 +200,7 @@ def test_every_line_of_metrics_is_a_point(folder):
 def test_best_step_and_the_teachers_level_are_marked(folder):
     chart = report.page(report.read(folder)).distance
     label, x, y = chart.best
-    assert label == "best 10.6 at step 60"
+    assert label == "kept: 10.6 at step 60"
     assert x == 60.0
     assert (x, y) in chart.curves[0].dots
     assert y == max(v for _, v in chart.curves[0].dots), "the least distance is the lowest point"

@@ -1,6 +1,7 @@
 """`sample.py` and `dmd sample`: images from a student (one step) or its teacher, by prompt and seed."""
 
 import re
+import sys
 import time
 import warnings
 from collections.abc import Sequence
@@ -128,7 +129,6 @@ def sample(options: SampleOptions) -> None:
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     rows: list[Any] = []
-    titles: list[str] = []
     for name, pipeline, generator in runs:
         x, rate = _images(pipeline, generator, codec, prompts, seeds, options.batch_size, device, name)
         facts = {"network": pipeline.digest(), "sampled": name, "steps": str(1 if name == "student" else options.steps)}
@@ -137,10 +137,10 @@ def sample(options: SampleOptions) -> None:
             path = out / f"{prefix}{n:03d}-{slug(prompts[n])}-seed-{s}.png"
             _save_png(image, path, facts | {"prompt": prompts[n], "seed": str(s)})
         rows.append(x.unflatten(0, (len(prompts), len(seeds))))
-        titles += [f"{name}: {p}" for p in prompts]
         print(f"{name}: {len(x)} images in {out}, {rate:.3g} images per second on {device.type}")
     if options.grid:
         grid = [row for each in zip(*rows, strict=True) for row in each]
+        titles = [f"{name}: {prompt}" for prompt in prompts for name, _, _ in runs]
         save_grid(grid, out / "grid.png", max(1, 64 // grid[0].shape[-1]), titles)
 
 
@@ -158,7 +158,7 @@ def _images(
     number = torch.arange(len(prompts)).repeat_interleave(len(seeds))
     seed = torch.tensor(seeds).repeat(len(prompts))
     with progress(len(seed), 0, title, True, "img") as bar, warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: bar.write(f"note: {message}")
+        warnings.showwarning = lambda message, *_, **__: bar.write(f"note: {message}", file=sys.stderr)
         started = time.perf_counter()
         x = images(
             decoded(generator, codec), seed, conditions(pipeline, prompts), number, pipeline.shape, device, batch_size,

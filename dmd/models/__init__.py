@@ -6,7 +6,7 @@ from pathlib import Path
 from dmd.errors import InputError
 
 FOLDER = Path(__file__).parent
-TEACHER, STUDENT = FOLDER / "shapes-teacher", FOLDER / "shapes-student"
+TEACHER, STUDENT, FEATURES = (FOLDER / f"shapes-{kind}" for kind in ("teacher", "student", "features"))
 EXAMPLE = "a small red circle at the left on a blue background"
 
 

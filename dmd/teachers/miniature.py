@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dmd import codec
+from dmd import checkpoint, codec
 from dmd.denoiser import NetworkDenoiser, velocity
 from dmd.noise import DDPM
+from dmd.teachers import original
 from dmd.teachers.stable_diffusion import TimestepNet
 
 SPECIAL = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>"}
@@ -186,6 +188,7 @@ def save(vae: Any, net: CaptionedNet, scale: float, folder: Path) -> None:
     for name, network in networks.items():
         half = nn.Module.to(copy.deepcopy(network), dtype=torch.float16)
         half.save_pretrained(folder / name, safe_serialization=True)
+    _portable(folder / "text_encoder")
     scheduler: Any = DDIMScheduler(
         num_train_timesteps=schedule.steps,
         beta_start=schedule.beta_start,
@@ -194,6 +197,7 @@ def save(vae: Any, net: CaptionedNet, scale: float, folder: Path) -> None:
         prediction_type="v_prediction",
         timestep_spacing="trailing",
         clip_sample=False,
+        steps_offset=1,
         set_alpha_to_one=True,
     )
     scheduler.save_pretrained(folder / "scheduler")
@@ -208,6 +212,14 @@ def save(vae: Any, net: CaptionedNet, scale: float, folder: Path) -> None:
     }
     index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": diffusers.__version__}
     _write(folder / "model_index.json", index | parts | {"requires_safety_checker": False})
+
+
+def _portable(folder: Path) -> None:
+    """Make the text encoder what all readers expect: names that transformers 5 leaves out and those before it ask for,
+    and no precision in its config, which transformers would load it in beside a UNet in float32."""
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    checkpoint.save_tensors(original.with_prefix(load_file(weights)), weights, {"format": "pt"})
+    _write(config, json.loads(config.read_text(encoding="utf-8")) | {"dtype": "float32"})
 
 
 def encode(vae: Any, images: Tensor) -> Tensor:

@@ -1,0 +1,108 @@
+"""`dmd teach shapes`, at a size for seconds: it resumes, its card tells the truth, and its latents have unit scale."""
+
+import hashlib
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+
+from dmd import teach_shapes
+from dmd.build import Workplace
+from dmd.data import shapes
+from dmd.errors import InputError
+from dmd.metrics import caption
+from dmd.teach_shapes import ShapesOptions
+from dmd.teachers import stable_diffusion
+from dmd.teachers.miniature import MiniatureConfig
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+OPTIONS = ShapesOptions(
+    autoencoder_steps=4, autoencoder_batch_size=4, drawings=64, steps=4, batch_size=8, samples=8, cpu=True,
+    network=MiniatureConfig(vae_widths=(8, 8, 8, 8), unet_widths=(16, 16), text_width=16, text_layers=1, heads=2),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place():
+    return Workplace(Accelerator(cpu=True), None)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, place):
+    folder = tmp_path_factory.mktemp("taught") / "teacher"
+    assert teach_shapes.teach(replace(OPTIONS, output_dir=str(folder)), place)
+    return folder
+
+
+def test_the_card_tells_sizes_checksums_and_figures(folder):
+    card = json.loads((folder / "card.json").read_text())
+    assert set(card["files"]) == {
+        "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/model.safetensors",
+    }  # fmt: skip
+    text = (folder / "README.md").read_text()
+    for name, facts in card["files"].items():
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == facts["sha256"]
+        assert facts["sha256"] in text
+    pipeline = stable_diffusion.load(folder)
+    images, scenes = teach_shapes.drawings(0, torch.arange(teach_shapes.UNSEEN, teach_shapes.UNSEEN + 8))
+    with torch.no_grad():
+        rebuilt = pipeline.codec.decode(pipeline.codec.encode(images))
+    found = caption.agreement(rebuilt, scenes)
+    assert {k: card["figures"]["autoencoder"][k] for k in found} == pytest.approx(found)
+    assert card["figures"]["autoencoder"]["psnr"] == pytest.approx(
+        10 * torch.log10(4 / (rebuilt - images).square().mean()).item(), abs=1e-3
+    )
+
+
+def test_latents_have_unit_scale(folder):
+    raw = load_file(folder / "stages" / "latents.safetensors")["latents"]
+    pipeline = stable_diffusion.load(folder)
+    images, _ = teach_shapes.drawings(0, torch.arange(64))
+    with torch.no_grad():
+        latents = pipeline.codec.encode(images)
+    assert latents.std().item() == pytest.approx(1.0, abs=0.02)
+    torch.testing.assert_close(latents, raw / raw.std(), rtol=0, atol=0.05)  # weights are rounded to float16
+
+
+def test_a_stopped_command_goes_on_to_the_same_end(folder, place, tmp_path, monkeypatch):
+    """Killed in both trainings; equal weights to the last bit."""
+    options = replace(OPTIONS, output_dir=str(tmp_path / "again"))
+    whole, steps = teach_shapes.Run._step, []
+
+    class Kill(BaseException):
+        pass
+
+    def killed(run, step):
+        steps.append(step)
+        if len(steps) in (3, 8):
+            raise Kill
+        whole(run, step)
+
+    monkeypatch.setattr(teach_shapes.Run, "_step", killed)
+    for _ in range(2):
+        with pytest.raises(Kill):
+            teach_shapes.teach(options, place)
+    assert teach_shapes.teach(options, place)
+    for name in json.loads((folder / "card.json").read_text())["files"]:
+        a, b = load_file(folder / name), load_file(tmp_path / "again" / name)
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), name
+
+
+def test_other_options_are_refused(folder, place):
+    with pytest.raises(InputError, match=r"was begun with lr = 0.001, now 0.5: give another --output-dir"):
+        teach_shapes.teach(replace(OPTIONS, output_dir=str(folder), lr=0.5), place)
+
+
+def test_teaching_and_judging_share_no_drawing():
+    """Indices that judge lie beyond all that can be taught from."""
+    last = max(OPTIONS.autoencoder_steps * OPTIONS.autoencoder_batch_size, ShapesOptions().drawings)
+    assert last < teach_shapes.UNSEEN
+    taught = {shapes.caption(s) for s in shapes.scenes(0, torch.arange(200))}
+    unseen = {shapes.caption(s) for s in shapes.scenes(0, torch.arange(teach_shapes.UNSEEN, teach_shapes.UNSEEN + 200))}
+    assert len(taught & unseen) < 20

@@ -1,0 +1,181 @@
+"""The chain from prompts to a student, on a miniature of random weights: everything but the quality."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from safetensors.torch import load_file
+
+from dmd import teach_shapes
+from dmd.build import Workplace
+from dmd.cli import sample, train
+from dmd.teach_shapes import ShapesOptions
+from dmd.teachers.miniature import MiniatureConfig
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+SMALL = MiniatureConfig(vae_widths=(8, 8, 8, 8), unet_widths=(16, 16), text_width=16, text_layers=1, heads=2)
+PROMPTS = ["a small red circle at the left on a blue background", "黒い丸", "a/b\\c: d?", "x" * 10_000]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A teacher, and a finished run of four steps."""
+    root = tmp_path_factory.mktemp("world")
+    options = ShapesOptions(
+        output_dir=str(root / "teacher"), autoencoder_steps=1, autoencoder_batch_size=2, drawings=8, steps=1,
+        batch_size=2, samples=2, cpu=True, network=SMALL,
+    )  # fmt: skip
+    assert teach_shapes.teach(options, Workplace(Accelerator(cpu=True), None))
+    (root / "prompts.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
+    train.main(flags(root, root / "run"))
+    return root
+
+
+def flags(root, run, *more):
+    sizes = "--pairs 6 --pair-shard-size 4 --teacher-steps 2 --compare-steps 3 --max-train-steps 4 --batch-size 4"
+    sizes += " --pair-batch-size 2 --eval-every 2 --eval-samples 16 --final-samples 16 --checkpointing-steps 2"
+    sizes += " --log-every 1 --lr-cooldown-steps 1 --lr-warmup-steps 1 --report-to none --cpu --data None"
+    where = ["--teacher", str(root / "teacher"), "--output-dir", str(run), "--cache-dir", str(root / "cache")]
+    return ["shapes", *sizes.split(), *where, *more]
+
+
+def figures(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def pixels(image):
+    return torch.from_numpy(np.asarray(image).astype(np.float32))
+
+
+def weights(run):
+    return load_file(run / "student" / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_the_run_says_what_it_measured(world):
+    summary = json.loads((world / "run" / "summary.json").read_text())
+    assert summary["generator_updates"] == 4 and summary["images_seen"] == 4 * (4 + 2)
+    assert summary["teacher"]["nfe"] == 3 * 2 and summary["student"]["nfe"] == 1
+    for who in ("teacher", "student"):
+        assert summary["caption_agreement"][who] == summary[who]["caption_agreement"]
+        assert 0 <= summary[who]["caption_agreement"] <= summary[who]["caption_background"] <= 1
+    names = {name for line in figures(world / "run") for name in line}
+    assert {"health/matching_part", "health/guidance_part", "loss/regression", "eval/caption_agreement"} <= names
+    report = (world / "run" / "report.html").read_text()
+    assert "Caption agreement" in report and summary["prompts"][0] in report
+
+
+def test_the_student_is_a_stock_pipeline(world):
+    """What sample.py makes of a seed, diffusers makes of the same noise."""
+    from diffusers import StableDiffusionPipeline
+
+    from dmd import seeding
+    from dmd.seeding import Stream
+    from dmd.teachers import stable_diffusion
+
+    folder = world / "run" / "student"
+    sample.main([PROMPTS[0], "--student", str(folder), "--seeds", "5", "--out", str(world / "out"), "--device", "cpu"])
+    (file,) = (world / "out").glob("000-*seed-5.png")
+    with Image.open(file) as image:
+        ours = pixels(image)
+        assert image.text["prompt"] == PROMPTS[0]
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    z = seeding.normal(0, Stream.SAMPLE, 0, torch.tensor([5]), stable_diffusion.load(folder).shape)
+    theirs = pipeline(PROMPTS[0], num_inference_steps=1, guidance_scale=0.0, latents=z).images[0]
+    assert (ours - pixels(theirs)).abs().max() <= 1
+
+
+def test_a_run_that_was_stopped_makes_the_same_student(world):
+    train.main(flags(world, world / "again", "--max-train-steps", "2"))
+    assert not equal(weights(world / "run"), weights(world / "again"))
+    train.main(flags(world, world / "again"))
+    assert equal(weights(world / "run"), weights(world / "again"))
+
+
+def test_separate_guidance_times_change_the_gradient_only(world):
+    train.main(flags(world, world / "apart", "--guidance-t-min", "0.6", "--guidance-t-max", "0.9"))
+    a, b = figures(world / "run")[0], figures(world / "apart")[0]
+    assert a["loss/regression"] == b["loss/regression"] and a["health/matching_part"] == b["health/matching_part"]
+    assert a["health/guidance_part"] != b["health/guidance_part"]
+
+
+def test_images_do_not_depend_on_their_batch(world):
+    """R8: the same seed alone and in a batch."""
+    folder = str(world / "run" / "student")
+    common = ["--student", folder, "--device", "cpu", "--no-grid"]
+    sample.main([PROMPTS[0], "--seeds", "3", "--out", str(world / "alone"), *common])
+    sample.main([*PROMPTS[:2], "--seeds", "0-6", "--batch-size", "5", "--out", str(world / "batch"), *common])
+    (alone,) = (world / "alone").iterdir()
+    with Image.open(alone) as a, Image.open(world / "batch" / alone.name) as b:
+        difference = pixels(a) - pixels(b)
+    assert difference.abs().max() <= 1
+
+
+def test_teacher_and_student_side_by_side(world, capsys):
+    folder = world / "run" / "student"
+    options = ["--teacher", "--steps", "2", "--guidance-scale", "3", "--seeds", "0-1", "--device", "cpu"]
+    sample.main([*PROMPTS[:2], "--student", str(folder), "--out", str(world / "both"), *options])
+    names = sorted(p.name for p in (world / "both").iterdir())
+    assert (
+        len([n for n in names if n.startswith("student-")]) == len([n for n in names if n.startswith("teacher-")]) == 4
+    )
+    with Image.open(world / "both" / "grid.png") as grid:
+        assert [t.split(":")[0] for t in grid.text["rows"].split(" | ")] == ["student", "teacher"] * 2
+    assert re.search(r"teacher: 4 images in .*, [\d.e+]+ images per second on cpu", capsys.readouterr().out)
+
+
+def test_prompts_of_any_script_and_length_become_images(world, capsys):
+    options = ["--prompts", str(world / "prompts.txt"), "--seeds", "0", "--out", str(world / "any"), "--device", "cpu"]
+    sample.main(["--student", str(world / "run" / "student"), *options])
+    files = sorted(p for p in (world / "any").iterdir() if p.name != "grid.png")
+    assert [p.name[:3] for p in files] == ["000", "001", "002", "003"]
+    assert all(len(p.name.encode()) < 200 for p in files)
+    found = []
+    for file in files:
+        with Image.open(file) as image:
+            found.append(image.text["prompt"])
+    assert found == PROMPTS
+    assert "note: a prompt has" in capsys.readouterr().err
+
+
+REFUSED = {
+    "NUL": (["a\0b"], r"the prompt 'a\\x00b' holds a NUL character: remove it"),
+    "nothing asked": ([], r"what should the images show\? Give a prompt"),
+    "negative prompt": (["x", "--negative-prompt", "blurry"], r"--negative-prompt needs guidance at every step"),
+    "guidance": (["x", "--guidance-scale", "7.5"], r"--guidance-scale 7.5 is for many steps"),
+    "seeds": (["x", "--seeds", "1.5"], r"--seeds is '1.5': it should look like 0-7"),
+    "device": (["x", "--device", "quantum"], r"--device is 'quantum', which is not there"),
+    "empty prompt file": (["--prompts", "empty.txt"], r"empty.txt"),
+    "decoder": (["x", "--decoder", "nowhere"], r"nowhere is no AutoencoderTiny that can be read"),
+    "no such file": (["--prompts", "missing.txt"], r"missing.txt"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_wrong_questions_are_answered_by_a_sentence(world, tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("\n")
+    arguments, sentence = REFUSED[name]
+    with pytest.raises(SystemExit) as stop:
+        sample.main([*arguments, "--student", str(world / "run" / "student"), "--out", str(tmp_path / "out")])
+    assert stop.value.code == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.search(sentence, said) and said.count("error:") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_prompts_without_a_teacher_for_them_are_refused(world, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["digits", "--prompts", "shapes", "--output-dir", str(tmp_path / "run")])
+    assert stop.value.code == 2
+    assert "--prompts are for a text-to-image teacher" in capsys.readouterr().err
