@@ -211,3 +211,22 @@ def test_shares_partition_the_global_indices():
     whole = dataclasses.replace(Share(), accumulation=1).split(24, "batch")
     parts = [i for rank in range(3) for i in Share(rank, 3, 2).split(24, "batch")]
     assert torch.equal(torch.cat(parts), whole[0]) and {len(p) for p in parts} == {4}
+
+
+@pytest.mark.parametrize("match_pairs", [False, True])
+def test_pairs_apart_are_the_same_draws(match_pairs):
+    """Micro-batches of noises alone and of pairs alone hold what one batch of both holds, row for row."""
+    (whole,) = distil(match_pairs=match_pairs)(7).batches
+    parts = distil(Share(accumulation=2), match_pairs=match_pairs, pair_accumulation=4)(7).batches
+    assert [(len(p.z), len(p.z_ref)) for p in parts] == [(8, 0)] * 2 + [(0, 2)] * 4
+    for name in ("z", "z_ref", "y_ref", "t", "noise", "critic_t", "critic_noise"):
+        assert torch.equal(torch.cat([getattr(p, name) for p in parts]), getattr(whole, name)), name
+    assert torch.equal(torch.cat([p.cond["label"] for p in parts]), whole.cond["label"])
+
+
+def test_guidance_has_times_of_its_own_where_asked():
+    (plain,), (apart,) = distil()(7).batches, distil(guidance_t_range=(0.5, 0.75))(7).batches
+    assert plain.t_guidance is None
+    assert equal(rows(plain), {k: v for k, v in rows(apart).items() if k != "t_guidance"})
+    assert ((apart.t_guidance > 0.5) & (apart.t_guidance < 0.75)).all()
+    assert len(apart.t_guidance.unique()) == len(apart.t)

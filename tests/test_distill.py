@@ -412,3 +412,70 @@ def test_networks_on_different_schedules_are_refused():
 
     with pytest.raises(ValueError, match="schedules differ"):
         build(real=Other())
+
+
+@pytest.mark.parametrize("m", [8, 12], ids=["paper", "match_pairs"])
+def test_noises_and_pairs_may_have_micro_batches_of_their_own(m):
+    """Two of noises, of unequal size, and four of pairs alone: the same gradients as one batch of all."""
+    b, r = 8, 4
+    batch = draw(7, b, r, m)
+    drawn = ("t", "noise", "critic_t", "critic_noise")
+
+    def part(own, paired):
+        rows = list(own) + [b + i for i in paired]
+        matched = rows if m > b else list(own)
+        return Batch(
+            batch.z[own.start : own.stop],
+            batch.z_ref[paired.start : paired.stop],
+            batch.y_ref[paired.start : paired.stop],
+            {"label": batch.cond["label"][rows]},
+            **{k: getattr(batch, k)[matched] for k in drawn},
+        )
+
+    none = range(0, 0)
+    parts = [part(range(0, 6), none), part(range(6, 8), none), *(part(none, range(i, i + 1)) for i in range(4))]
+    whole, parted = build(scale=2.0), build(scale=2.0)
+    figures, figures_parted = whole.step(0, Iteration([batch])), parted.step(0, Iteration(parts))
+    for role in ("student", "fake"):
+        for got, expected in zip(gradients(getattr(parted, role)), gradients(getattr(whole, role)), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-13)
+    for name in ("loss/matching", "loss/regression", "loss/fake", "health/guidance_part", "health/normaliser"):
+        torch.testing.assert_close(figures_parted[name], figures[name], rtol=1e-9, atol=1e-13)
+
+
+def test_guidance_at_the_same_times_of_its_own_changes_nothing():
+    batch = draw(3, 4, 2, 6)
+    one, other = build(scale=2.5), build(scale=2.5)
+    one.step(0, Iteration([batch]))
+    other.step(0, Iteration([dataclasses.replace(batch, t_guidance=batch.t)]))
+    for got, expected in zip(gradients(other.student), gradients(one.student), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-13)
+
+
+def test_guidance_at_times_of_its_own_is_the_formula():
+    """Sample by sample, from the denoisers: (x0_fake - x0_cond) / n(t) - (s - 1) (x0_cond - x0_uncond)(t') / n(t')."""
+    scale = 2.5
+    distiller = build(scale=scale)
+    batch = dataclasses.replace(draw(3, 4, 0, 4), t_guidance=torch.tensor([0.9, 0.6, 0.3, 0.1]))
+    real, fake, schedule = distiller.real.denoiser, distiller.fake, distiller.student.schedule
+    start = schedule.start(batch.z)
+    x = distiller.student(start, torch.ones(4), batch.cond)
+    expected = []
+    with torch.no_grad():
+        for i in range(4):
+            cond, null = {"label": batch.cond["label"][i : i + 1]}, {"label": torch.tensor([CLASSES])}
+
+            def parts(t, i=i, cond=cond, null=null):
+                x_t = schedule.diffuse(x[i : i + 1], batch.noise[i : i + 1], t)
+                return x_t, real(x_t, t, cond), real(x_t, t, null)
+
+            x_t, cond_0, null_0 = parts(batch.t[i : i + 1])
+            _, cond_1, null_1 = parts(batch.t_guidance[i : i + 1])
+            n_0, n_1 = ((x[i] - (u + scale * (c - u))).abs().mean() for c, u in ((cond_0, null_0), (cond_1, null_1)))
+            match = (fake(x_t, batch.t[i : i + 1], cond) - cond_0) / n_0
+            expected.append(match - (scale - 1) * (cond_1 - null_1) / n_1)
+    surrogate = (x * torch.cat(expected)).sum() / x.numel()
+    wanted = torch.autograd.grad(surrogate, list(distiller.student.net.parameters()))
+    distiller.step(0, Iteration([batch]))
+    for got, value in zip(gradients(distiller.student), wanted, strict=True):
+        torch.testing.assert_close(got, value, rtol=1e-6, atol=1e-12)
