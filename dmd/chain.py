@@ -132,7 +132,7 @@ class Chain:
                 return {}
             self._picture(distiller, average, batches(0).batches[0], teacher.codec, step)
             if judge.best is None:
-                teacher.save(average, student)
+                teacher.save(average, student, self._made(step))
             return judge.in_loop(student_generator(average), config.evaluation.eval_samples)
 
         run = Run(
@@ -152,7 +152,7 @@ class Chain:
             title="distil",
             evaluate=evaluate,
             best=judge.best,
-            keep_best=lambda step: teacher.save(average, student),
+            keep_best=lambda step: teacher.save(average, student, self._made(step)),
             sinks=build.sinks(config, self.folder),
         )
         return run.train()
@@ -184,7 +184,9 @@ class Chain:
         shown = [x[:count] for x in (x_student, x_teacher)]
         scale = max(1, 32 // x_student.shape[-1])
         evaluation.save_grid(shown, self.folder / "samples" / "final.png", scale, ("student", "teacher"))
-        checkpoint.write_json(self.folder / "summary.json", self._summary(progress, figures, judge))
+        summary = self._summary(progress, figures, judge)
+        checkpoint.write_json(self.folder / "summary.json", summary)
+        teacher.save(student.denoiser, self.folder / "student", self._made(progress.step) | _card(summary))
         self._say(f"{self._verdict(figures, judge)}\nreport: {report.write(self.folder)}")
 
     def _summary(self, progress: Progress, figures: dict[str, Any], judge: evaluation.Judge) -> dict[str, Any]:
@@ -232,6 +234,29 @@ class Chain:
             speed += f", {student['fd'] / teacher['fd']:.2f} times its distance"
         return "\n".join([*rows, f"one step: {speed}"])
 
+    def _made(self, step: int) -> dict[str, str]:
+        """How a student was made, for its card."""
+        facts = build.environment(self.place)
+        command = " ".join([Path(facts["command"][0]).name, *facts["command"][1:]])
+        return {
+            "made by": f"`{command}`",
+            "with": f"dmd {facts['dmd']} at commit {facts['commit']}, torch {facts['torch']}, {facts['device']}",
+            "generator updates": f"{step:,}",
+            "guidance of its teacher": f"{self.config.pairs.guidance:g}",
+        }
+
     def _say(self, text: str) -> None:
         if self.place.main:
             print(text, flush=True)
+
+
+def _card(summary: dict[str, Any]) -> dict[str, str]:
+    """The final figures of a student beside its teacher's, for its card."""
+    student, teacher = summary["student"], summary["teacher"]
+    names = {"fd": summary["metric"]} | {n: t for n, t in COLUMNS.items() if n != "images_per_second"}
+    figures = {t: f"{student[n]:.4g} (teacher {teacher[n]:.4g})" for n, t in names.items() if n in student}
+    return figures | {
+        "samples": f"{summary['samples']:,}, the teacher's by {teacher['nfe']} network evaluations",
+        "speed": f"{summary['speedup']:.3g} times the teacher's",
+        "time": f"{summary['wall_seconds'] / 60:.0f} minutes",
+    }

@@ -1,6 +1,6 @@
 """What surrounds a denoiser: prompts in, images out. Pixel networks and Stable Diffusion look alike from here."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -41,8 +41,11 @@ class Pipeline(Protocol):
     def digest(self) -> str:
         """SHA-256 of all weights that determine what the denoiser makes of a prompt."""
 
-    def save(self, denoiser: NetworkDenoiser, folder: Path) -> None:
-        """Write a folder like this pipeline's own with another denoiser of its kind: a student. Whole or not at all."""
+    def save(self, denoiser: NetworkDenoiser, folder: Path, figures: Mapping[str, object]) -> None:
+        """Write a folder like this pipeline's own with another denoiser of its kind: a student, whole or not at all.
+
+        `figures` go into its README.md, by what they are.
+        """
 
 
 def conditions(pipeline: Pipeline, prompts: Sequence[str]) -> Callable[[Tensor], Cond]:

@@ -55,7 +55,7 @@ class ShapesOptions:
     """Weight of the latents' divergence from unit noise."""
     drawings: int = 80_000
     """How many drawings the denoiser learns from."""
-    steps: int = 6000
+    steps: int = 4500
     """Updates of UNet and text encoder."""
     batch_size: int = 64
     lr: float = 1e-3

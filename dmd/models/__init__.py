@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from dmd.config import preset
 from dmd.errors import InputError
 
 FOLDER = Path(__file__).parent
@@ -22,8 +23,7 @@ def teacher_of(student: str | Path) -> tuple[str, float]:
         InputError: the folder is not in a run directory.
     """
     if Path(student) == STUDENT:
-        card = json.loads((STUDENT / "card.json").read_text(encoding="utf-8"))
-        return str(TEACHER), float(card["guidance"])
+        return str(TEACHER), preset("shapes").pairs.guidance
     run = Path(student).resolve().parent
     try:
         guidance = json.loads((run / "config.json").read_text(encoding="utf-8"))["pairs"]["guidance"]

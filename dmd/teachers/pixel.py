@@ -1,7 +1,7 @@
 """Pixel-space denoisers on the disk: `config.json` beside `model.safetensors`. Teachers and students look the same."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -85,8 +85,19 @@ class Pixel:
     def digest(self) -> str:
         return checkpoint.digest(self.denoiser.net)
 
-    def save(self, denoiser: NetworkDenoiser, folder: Path) -> None:
+    def save(self, denoiser: NetworkDenoiser, folder: Path, figures: Mapping[str, object]) -> None:
         save(denoiser.net.get_submodule("unet"), self.config, folder)
+        rows = [f"| {what} | {value} |" for what, value in figures.items()]
+        text = [
+            "# A student of one step",
+            "",
+            "`python sample.py CLASS --student FOLDER`",
+            "",
+            "| | |",
+            "|---|---|",
+            *rows,
+        ]
+        (folder / "README.md").write_text("\n".join([*text, ""]), encoding="utf-8")
 
 
 def build(config: PixelConfig, seed: int = 0, autocast: torch.dtype | None = None) -> NetworkDenoiser:

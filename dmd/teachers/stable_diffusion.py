@@ -5,7 +5,7 @@ Only safetensors are read, and no code but that of diffusers and transformers ru
 
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,9 +118,10 @@ class StableDiffusion:
         """SHA-256 of the weights of UNet and text encoder."""
         return checkpoint.digest(nn.ModuleList([self.denoiser.net, self.text.network]))
 
-    def save(self, denoiser: NetworkDenoiser, folder: Path) -> None:
+    def save(self, denoiser: NetworkDenoiser, folder: Path, figures: Mapping[str, object]) -> None:
         """See `export.save_student`."""
-        export.save_student(denoiser.net.get_submodule("unet"), self.folder, folder)
+        card = export.model_card(folder.name, self.folder.name, figures)
+        export.save_student(denoiser.net.get_submodule("unet"), self.folder, folder, card=card)
 
 
 def load(
