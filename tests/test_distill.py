@@ -432,8 +432,8 @@ def test_noises_and_pairs_may_have_micro_batches_of_their_own(m):
             **{k: getattr(batch, k)[matched] for k in drawn},
         )
 
-    none = range(0, 0)
-    parts = [part(range(0, 6), none), part(range(6, 8), none), *(part(none, range(i, i + 1)) for i in range(4))]
+    none = range(0)
+    parts = [part(range(6), none), part(range(6, 8), none), *(part(none, range(i, i + 1)) for i in range(4))]
     whole, parted = build(scale=2.0), build(scale=2.0)
     figures, figures_parted = whole.step(0, Iteration([batch])), parted.step(0, Iteration(parts))
     for role in ("student", "fake"):
