@@ -2,6 +2,7 @@
 teaches an autoencoder, then a text encoder and a UNet on its latents, and writes the pipeline's folder with its card.
 """
 
+import copy
 import json
 import shutil
 import sys
@@ -53,6 +54,9 @@ class ShapesOptions:
     autoencoder_lr: float = 1e-3
     kl_weight: float = 1e-4
     """Weight of the latents' divergence from unit noise."""
+    decoder_steps: int = 3000
+    """Further updates of the decoder alone, which leave the latents as they are."""
+    decoder_lr: float = 1e-3
     drawings: int = 80_000
     """How many drawings the denoiser learns from."""
     steps: int = 4500
@@ -99,10 +103,13 @@ def teach(options: ShapesOptions, place: Workplace) -> bool:
     net, progress = _denoiser(options, place, latents, tokenise, tokens, stages / "denoiser")
     if progress.step < options.steps:
         return False
+    vae, sharp_progress = _decoder(options, place, vae, stages / "decoder")
+    if sharp_progress.step < options.decoder_steps:
+        return False
 
     def conclude() -> None:
         miniature.save(vae, net, scale, folder)
-        seconds = {"autoencoder": vae_progress.seconds, "denoiser": progress.seconds}
+        seconds = {"autoencoder": vae_progress.seconds + sharp_progress.seconds, "denoiser": progress.seconds}
         _card(options, place, folder, seconds | {"this start": time.monotonic() - started})
 
     place.first(conclude)
@@ -114,7 +121,7 @@ def _open(stages: Path, options: ShapesOptions) -> None:
     stages.mkdir(parents=True, exist_ok=True)
     wanted = json.loads(json.dumps(asdict(options)))
     path = stages / "options.json"
-    free = {"output_dir", "guidance", "samples", "cpu"}
+    free = {"output_dir", "guidance", "samples", "cpu", "decoder_steps", "decoder_lr"}
     if path.exists():
         found = json.loads(path.read_text())
         for name, value in wanted.items():
@@ -141,8 +148,24 @@ def _seeded(options: ShapesOptions, make: Callable[[], Any]) -> Any:
 
 
 def _autoencoder(options: ShapesOptions, place: Workplace, folder: Path) -> tuple[Any, Progress]:
-    config = options.network
-    vae = _seeded(options, lambda: miniature.autoencoder(config)).to(place.device)
+    vae = _seeded(options, lambda: miniature.autoencoder(options.network)).to(place.device)
+    return _reconstruct(options, place, vae, options.autoencoder_lr, options.autoencoder_steps, 0, folder)
+
+
+def _decoder(options: ShapesOptions, place: Workplace, vae: Any, folder: Path) -> tuple[Any, Progress]:
+    """The decoder goes on by itself, on drawings that the autoencoder has not seen."""
+    vae = copy.deepcopy(vae).requires_grad_(True)
+    for part in (vae.encoder, vae.quant_conv):
+        part.requires_grad_(False)
+    return _reconstruct(
+        options, place, vae, options.decoder_lr, options.decoder_steps, options.autoencoder_steps, folder
+    )
+
+
+def _reconstruct(
+    options: ShapesOptions, place: Workplace, vae: Any, lr: float, steps: int, first: int, folder: Path
+) -> tuple[Any, Progress]:
+    """Train what of the autoencoder is not frozen, on the drawings of steps from `first` on; its average."""
     vae.to(memory_format=torch.channels_last)
     ema = Ema(vae, options.ema)
     size = options.autoencoder_batch_size
@@ -150,15 +173,13 @@ def _autoencoder(options: ShapesOptions, place: Workplace, folder: Path) -> tupl
     def batches(step: int) -> list[ImageBatch]:
         found = []
         for index in place.share().split(size, "--autoencoder-batch-size"):
-            x, _ = drawings(options.seed, step * size + index)
-            noise = seeding.normal(options.seed, Stream.LATENT_NOISE, step, index, config.shape)
+            x, _ = drawings(options.seed, (first + step) * size + index)
+            noise = seeding.normal(options.seed, Stream.LATENT_NOISE, first + step, index, options.network.shape)
             found.append(ImageBatch(x.to(place.device), noise.to(place.device)))
         return found
 
-    optimizer = build.adam(vae, options.autoencoder_lr, BETAS, 0.0)
-    task = Autoencoding(vae, optimizer, ema, options.kl_weight, 1.0, clip_and_check)
-    progress = _train(folder, task, batches, options.autoencoder_steps, place, "autoencoder")
-    return ema.shadow, progress
+    task = Autoencoding(vae, build.adam(vae, lr, BETAS, 0.0), ema, options.kl_weight, 1.0, clip_and_check)
+    return ema.shadow, _train(folder, task, batches, steps, place, folder.name)
 
 
 @torch.no_grad()

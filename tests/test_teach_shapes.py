@@ -22,7 +22,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 OPTIONS = ShapesOptions(
-    autoencoder_steps=4, autoencoder_batch_size=4, drawings=64, steps=4, batch_size=8, samples=8, cpu=True,
+    autoencoder_steps=4, autoencoder_batch_size=4, decoder_steps=3, drawings=64, steps=4, batch_size=8, samples=8, cpu=True,
     network=MiniatureConfig(vae_widths=(8, 8, 8, 8), unet_widths=(16, 16), text_width=16, text_layers=1, heads=2),
 )  # fmt: skip
 
@@ -71,7 +71,7 @@ def test_latents_have_unit_scale(folder):
 
 
 def test_a_stopped_command_goes_on_to_the_same_end(folder, place, tmp_path, monkeypatch):
-    """Killed in both trainings; equal weights to the last bit."""
+    """Killed in all three trainings; equal weights to the last bit."""
     options = replace(OPTIONS, output_dir=str(tmp_path / "again"))
     whole, steps = teach_shapes.Run._step, []
 
@@ -80,18 +80,26 @@ def test_a_stopped_command_goes_on_to_the_same_end(folder, place, tmp_path, monk
 
     def killed(run, step):
         steps.append(step)
-        if len(steps) in (3, 8):
+        if len(steps) in (3, 8, 12):
             raise Kill
         whole(run, step)
 
     monkeypatch.setattr(teach_shapes.Run, "_step", killed)
-    for _ in range(2):
+    for _ in range(3):
         with pytest.raises(Kill):
             teach_shapes.teach(options, place)
     assert teach_shapes.teach(options, place)
     for name in json.loads((folder / "card.json").read_text())["files"]:
         a, b = load_file(folder / name), load_file(tmp_path / "again" / name)
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), name
+
+
+def test_the_decoder_goes_on_by_itself(folder):
+    """It moves, and the encoder, whose latents the denoiser has learnt, does not."""
+    newest = [max((folder / "stages" / s / "checkpoints").iterdir()) for s in ("autoencoder", "decoder")]
+    before, after = (load_file(path / "ema.safetensors") for path in newest)
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"decoder", "post_quant_conv"}
 
 
 def test_other_options_are_refused(folder, place):
