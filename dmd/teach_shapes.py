@@ -59,7 +59,7 @@ class ShapesOptions:
     decoder_lr: float = 1e-3
     drawings: int = 80_000
     """How many drawings the denoiser learns from."""
-    steps: int = 4500
+    steps: int = 6000
     """Updates of UNet and text encoder."""
     batch_size: int = 64
     lr: float = 1e-3

@@ -22,7 +22,8 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 OPTIONS = ShapesOptions(
-    autoencoder_steps=4, autoencoder_batch_size=4, decoder_steps=3, drawings=64, steps=4, batch_size=8, samples=8, cpu=True,
+    autoencoder_steps=4, autoencoder_batch_size=4, decoder_steps=3, drawings=64, steps=4, batch_size=8,
+    samples=8, cpu=True,
     network=MiniatureConfig(vae_widths=(8, 8, 8, 8), unet_widths=(16, 16), text_width=16, text_layers=1, heads=2),
 )  # fmt: skip
 

@@ -28,8 +28,8 @@ def world(tmp_path_factory):
     """A teacher, and a finished run of four steps."""
     root = tmp_path_factory.mktemp("world")
     options = ShapesOptions(
-        output_dir=str(root / "teacher"), autoencoder_steps=1, autoencoder_batch_size=2, decoder_steps=1, drawings=8, steps=1,
-        batch_size=2, samples=2, cpu=True, network=SMALL,
+        output_dir=str(root / "teacher"), autoencoder_steps=1, autoencoder_batch_size=2, decoder_steps=1, drawings=8,
+        steps=1, batch_size=2, samples=2, cpu=True, network=SMALL,
     )  # fmt: skip
     assert teach_shapes.teach(options, Workplace(Accelerator(cpu=True), None))
     (root / "prompts.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
