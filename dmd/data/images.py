@@ -297,7 +297,7 @@ def _read_folder(path: Path, classes: Sequence[str], size: int | None) -> _Raw:
     wanted = None if size is None else (size, size)
     images = []
     for _, file in tqdm(listing, desc=f"reading {path.name}", unit="image", delay=2, leave=False):
-        images.append(_read_image(file, wanted))
+        images.append(read_image(file, wanted))
         wanted = images[0].shape[:2]
     labels = np.asarray([label for label, _ in listing])
     depth = max(image.shape[2] for image in images)  # grey files may stand among colour ones
@@ -317,8 +317,12 @@ def _image_files(folder: Path) -> list[Path]:
     return files
 
 
-def _read_image(file: Path, wanted: tuple[int, int] | None) -> np.ndarray:
-    """(H, W, 1 or 3) uint8. The size is compared before the pixels are decoded."""
+def read_image(file: Path, wanted: tuple[int, int] | None) -> np.ndarray:
+    """(H, W, 1 or 3) uint8, of height and width `wanted`, which are compared before the pixels are decoded.
+
+    Raises:
+        InputError: the file is missing or broken, of another size, transparent, or of more than 8 bits.
+    """
     from PIL import Image
 
     try:

@@ -66,7 +66,7 @@ def read(path: str | Path) -> Prompts:
 
 
 def _entries(path: Path) -> Found:
-    readers = {".txt": _txt, ".jsonl": _jsonl, ".parquet": _parquet, ".tar": _tar}
+    readers = {".txt": lines, ".jsonl": _jsonl, ".parquet": _parquet, ".tar": _tar}
     try:
         if path.is_dir():
             yield from _folder(path)
@@ -108,8 +108,13 @@ def _folder(path: Path) -> Found:
         raise InputError(f"folder {path} holds neither metadata.jsonl nor *.tar: give {LAYOUTS}")
 
 
-def _txt(path: Path) -> Found:
-    """One prompt a line. A line ends with a line feed only: other scripts have separators of their own."""
+def lines(path: Path) -> Iterator[tuple[str, str]]:
+    """(where, text) of each line of a UTF-8 file. It ends with a line feed only: other scripts have separators of their
+    own.
+
+    Raises:
+        InputError: a line is not UTF-8.
+    """
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
@@ -117,8 +122,17 @@ def _txt(path: Path) -> Found:
             yield where, _decoded(where, line)
 
 
+def caption_of(where: str, line: str) -> str:
+    """The prompt of a line of JSON, under "text" or "caption"; "" if there is nothing in it.
+
+    Raises:
+        InputError: the line is no JSON object with such a key, or its prompt is no text.
+    """
+    return _checked(where, _member_of_json(where, line))
+
+
 def _jsonl(path: Path) -> Found:
-    for where, line in _txt(path):
+    for where, line in lines(path):
         yield where, _member_of_json(where, line) if line.strip() else None
 
 

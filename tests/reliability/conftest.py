@@ -36,7 +36,7 @@ class World:
             "--max-train-steps 6 --batch-size 4 --pair-batch-size 4 --lr-warmup-steps 2 --eval-every 3 "
             "--eval-samples 16 --final-samples 16 --checkpointing-steps 2 --log-every 2 --report-to none"
         )
-        return [*defaults.split(), "--output-dir", str(out), *more]
+        return ["digits", *defaults.split(), "--output-dir", str(out), *more]
 
     def outcome(self, run: Path) -> dict[str, object]:
         """What a finished run leaves, without its clock: bytes of all weights, figures."""
