@@ -36,7 +36,7 @@ from dmd.pipeline import Pipeline, conditions
 from dmd.run import Cadence, Run, clip_and_check
 from dmd.solvers import Solver, ddim, heun
 from dmd.teach import Teacher, lognormal_times
-from dmd.teachers import pixel, samplers
+from dmd.teachers import lora, pixel, samplers, switches
 
 T = TypeVar("T")
 
@@ -363,6 +363,8 @@ def regression(config: Config, metric: Distance, codec: Codec) -> Distance:
     """The regression distance of two samples: of what they decode to, or of themselves."""
     if config.distill.regression_on == "latents":
         return metric
+    if config.memory.checkpoint_decoder:
+        codec.recompute()
 
     def distance(x: Tensor, target: Tensor) -> Tensor:
         with torch.no_grad():
@@ -373,16 +375,36 @@ def regression(config: Config, metric: Distance, codec: Codec) -> Distance:
 
 
 def distiller(config: Config, teacher: Pipeline, place: Workplace, distance: Distance) -> Distiller:
-    """Student and fake score begin as copies of the teacher."""
-    d = config.distill
-    student, fake = (copy.deepcopy(teacher.denoiser).requires_grad_(True) for _ in range(2))
+    """Student and fake score begin as copies of the teacher; or the fake score shares the teacher's weights, with
+    adapters of its own."""
+    d, m = config.distill, config.memory
+    student = copy.deepcopy(teacher.denoiser).requires_grad_(True)
+    real, fake = teacher.denoiser, copy.deepcopy(teacher.denoiser) if m.fake_lora_rank == 0 else teacher.denoiser
+    fake.requires_grad_(m.fake_lora_rank == 0)
+    for net, what in ((student.net, "student"), (fake.net, "fake score")):
+        if m.gradient_checkpointing:
+            switches.recompute(net, what)
+        if m.enable_xformers_memory_efficient_attention:
+            switches.use_xformers(net, what)
+    if m.real_in_bf16:
+        teacher.denoiser.net.to(torch.bfloat16)
+    if m.fake_lora_rank:
+        adapted = lora.AdaptedNet(teacher.denoiser.net, m.fake_lora_rank, config.run.seed % 2**32)
+        real, fake = (
+            NetworkDenoiser(net, real.schedule, real.prediction, place.autocast)
+            for net in (lora.BareNet(adapted), adapted)
+        )
+    if m.compile:
+        for net in (student.net, real.net, fake.net):
+            net.compile()
     betas = (d.adam_beta1, d.adam_beta2)
+    optimizer = adam_8bit if m.adam_8bit else adam
     return Distiller(
         student,
-        guided(config, teacher),
+        Guided(real, config.pairs.guidance, teacher.null()),
         fake,
-        adam(student.net, d.learning_rate, betas, d.weight_decay),
-        adam(fake.net, d.fake_learning_rate or d.learning_rate, betas, d.weight_decay),
+        optimizer(student.net, d.learning_rate, betas, d.weight_decay),
+        optimizer(fake.net, d.fake_learning_rate or d.learning_rate, betas, d.weight_decay),
         Ema(student.net, d.ema),
         distance,
         d.lambda_reg,
@@ -522,6 +544,20 @@ def _commit() -> str | None:
 def adam(net: torch.nn.Module, lr: float, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
     """AdamW whose groups know their full rate, as `dmd.run` expects."""
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = lr
+    return optimizer
+
+
+def adam_8bit(net: torch.nn.Module, lr: float, betas: tuple[float, float], weight_decay: float) -> Any:
+    """As `adam`, with states of 8 bits (Dettmers et al. 2022). Raises InputError where that cannot be."""
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise InputError("--adam-8bit needs the package bitsandbytes: pip install 'dmd[cuda]'") from None
+    if not torch.cuda.is_available():
+        raise InputError("--adam-8bit needs a CUDA GPU, and there is none: leave it out")
+    optimizer = AdamW8bit(net.parameters(), lr=lr, betas=betas, weight_decay=weight_decay)
     for group in optimizer.param_groups:
         group["initial_lr"] = lr
     return optimizer

@@ -11,7 +11,7 @@ from dmd import build, checkpoint, evaluation, teachers
 from dmd.build import Workplace
 from dmd.codec import Codec
 from dmd.config import Config
-from dmd.denoiser import NetworkDenoiser
+from dmd.denoiser import Guided, NetworkDenoiser
 from dmd.distill import Batch, Distiller
 from dmd.errors import InputError
 from dmd.generate import student_generator
@@ -89,11 +89,12 @@ class Chain:
         store = self._pairs(teacher)
         judge = build.judge(config, teacher, self.data, self.reference, self.prompts, place)
         distance = build.regression(config, self.metric, teacher.codec)
-        progress = self._distil(build.distiller(config, teacher, place, distance), teacher, store, judge)
+        distiller = build.distiller(config, teacher, place, distance)
+        progress = self._distil(distiller, teacher, store, judge)
         if progress.step < config.distill.max_train_steps:
             return self._say(f"stopped after step {progress.step}; the same command goes on")
         if place.main:
-            self._conclude(progress, teacher, judge)
+            self._conclude(progress, teacher, distiller.real, judge)
         place.accelerator.wait_for_everyone()
 
     def _load_teacher(self) -> Pipeline:
@@ -169,14 +170,14 @@ class Chain:
         path = self.folder / "samples" / f"step-{step:08d}.png"
         evaluation.save_grid(shown, path, max(1, 32 // shown[0].shape[-1]), titles)
 
-    def _conclude(self, progress: Progress, teacher: Pipeline, judge: evaluation.Judge) -> None:
+    def _conclude(self, progress: Progress, teacher: Pipeline, real: Guided, judge: evaluation.Judge) -> None:
         """Compare the best student with its teacher, write summary.json, the pictures and the report."""
         from dmd import report
 
         config = self.config
         student = teachers.load(self.folder / "student", self.place.device, self.place.autocast)
         steps = config.evaluation.compare_steps or config.pairs.teacher_steps
-        generator, evaluations = build.many_step(config, build.guided(config, teacher), steps)
+        generator, evaluations = build.many_step(config, real, steps)
         figures, x_student, x_teacher = evaluation.compare(
             judge, student_generator(student.denoiser), generator, config.evaluation.final_samples, evaluations
         )

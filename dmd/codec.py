@@ -18,6 +18,9 @@ class Codec(Protocol):
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, c, h, w) to images (B, C, H, W), float32, not clamped to [-1, 1]."""
 
+    def recompute(self) -> None:
+        """Keep little of `decode` for a backward pass and compute the rest again: the same gradients, less memory."""
+
 
 class Identity:
     """Latents are the pixels themselves."""
@@ -27,6 +30,9 @@ class Identity:
 
     def decode(self, latents: Tensor) -> Tensor:
         return latents.float()
+
+    def recompute(self) -> None:
+        """There is nothing to keep."""
 
 
 class KL:
@@ -50,6 +56,9 @@ class KL:
         raw = latents.float() / self.scale + self.shift
         return self.vae.decode(raw.to(self.vae.dtype)).sample.float()
 
+    def recompute(self) -> None:
+        self.vae.enable_gradient_checkpointing()
+
 
 class Tiny:
     """A distilled autoencoder (madebyollin/taesd): its latents are already those of the denoiser, up to a scale.
@@ -69,3 +78,6 @@ class Tiny:
     def decode(self, latents: Tensor) -> Tensor:
         raw = (latents.float() / self.scale).to(self.vae.dtype)
         return self.vae.decode(raw).sample.float()
+
+    def recompute(self) -> None:
+        self.vae.enable_gradient_checkpointing()

@@ -142,6 +142,28 @@ class DistillOptions:
 
 
 @dataclass(frozen=True)
+class MemoryOptions:
+    """What large networks need to fit. None of it changes what is learnt, but adapters and 8-bit states."""
+
+    gradient_checkpointing: bool = False
+    """Recompute the activations of student and fake score in the backward pass: a sixth of them for a quarter more
+    arithmetic."""
+    checkpoint_decoder: bool = False
+    """The same for the decoder of the regression on images, whose activations are the largest of all."""
+    real_in_bf16: bool = False
+    """Keep the weights of the frozen real score in bf16."""
+    fake_lora_rank: int = 0
+    """Train adapters of this rank on the frozen teacher as the fake score, instead of a second network; 0 is a second
+    network."""
+    adam_8bit: bool = False
+    """Keep the optimisers' states in 8 bits (needs CUDA and bitsandbytes)."""
+    enable_xformers_memory_efficient_attention: bool = False
+    """Use xformers' attention where it is installed; torch's own is as fast or faster."""
+    compile: bool = False
+    """Compile the networks with torch.compile: the first steps take minutes, the others less."""
+
+
+@dataclass(frozen=True)
 class EvaluationOptions:
     """How the student is judged, against its own teacher from the same noise."""
 
@@ -195,6 +217,7 @@ class Config:
     teacher: TeacherOptions = field(default_factory=TeacherOptions)
     pairs: PairOptions = field(default_factory=PairOptions)
     distill: DistillOptions = field(default_factory=DistillOptions)
+    memory: MemoryOptions = field(default_factory=MemoryOptions)
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     run: RunOptions = field(default_factory=RunOptions)
 
@@ -202,7 +225,8 @@ class Config:
 RESUMABLE = {
     "max_train_steps", "eval_every", "eval_samples", "final_samples", "checkpointing_steps", "checkpoints_total_limit",
     "log_every", "report_to", "cache_dir", "cpu", "output_dir", "download", "lpips_weights", "features", "data",
-    "teacher", "prompts", "repeats", "compare_steps",
+    "teacher", "prompts", "repeats", "compare_steps", "gradient_checkpointing", "checkpoint_decoder", "compile",
+    "enable_xformers_memory_efficient_attention",
 }  # fmt: skip
 """Options that may differ when a run is resumed; files are compared by content instead."""
 
@@ -231,6 +255,7 @@ def check(config: Config) -> None:
     not_negative = {
         "--teach-steps": config.teacher.teach_steps, "--lr-warmup-steps": d.lr_warmup_steps,
         "--lr-cooldown-steps": d.lr_cooldown_steps, "--weight-decay": d.weight_decay, "--lambda-reg": d.lambda_reg,
+        "--fake-lora-rank": config.memory.fake_lora_rank,
         "--eval-every": e.eval_every, "--checkpointing-steps": r.checkpointing_steps,
     }  # fmt: skip
     for flag, value in not_negative.items():
@@ -387,8 +412,8 @@ PRESETS: dict[str, Config] = {
         teacher=TeacherOptions(teacher="shapes"),
         pairs=PairOptions(pairs=1000, solver="ddim", teacher_steps=20, guidance=2.0, pair_shard_size=250),
         distill=DistillOptions(
-            max_train_steps=600, batch_size=32, pair_batch_size=32, match_pairs=True, learning_rate=5e-4,
-            lr_warmup_steps=25, lr_cooldown_steps=300, ema=0.99, lambda_reg=1.0, regression_on="latents",
+            max_train_steps=400, batch_size=32, pair_batch_size=16, learning_rate=5e-4,
+            lr_warmup_steps=25, lr_cooldown_steps=200, ema=0.99, lambda_reg=1.0, regression_on="latents",
         ),
         evaluation=EvaluationOptions(eval_every=200, eval_samples=200, final_samples=400, compare_steps=50),
         run=RunOptions(output_dir="runs/shapes", checkpointing_steps=200),

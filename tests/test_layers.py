@@ -21,7 +21,18 @@ LAYERS = [
 ]
 """Modules and packages of dmd, lowest first. A module imports its own layer and lower ones, and never in a circle."""
 
-HEAVY = {"diffusers", "transformers", "lpips", "cleanfid", "torchvision", "accelerate", "matplotlib", "sklearn", "timm"}
+HEAVY = {
+    "diffusers",
+    "transformers",
+    "lpips",
+    "cleanfid",
+    "torchvision",
+    "accelerate",
+    "matplotlib",
+    "sklearn",
+    "timm",
+    "peft",
+}
 """Imported inside the function that uses them, so that commands which do without start fast and need no extras."""
 
 

@@ -109,6 +109,21 @@ def test_separate_guidance_times_change_the_gradient_only(world):
     assert a["health/guidance_part"] != b["health/guidance_part"]
 
 
+def test_a_run_with_adapters_resumes_and_its_checkpoint_holds_them_alone(world):
+    """One UNet as real and fake score; gradients, losses and checkpoint of a LoRA fake score."""
+    pytest.importorskip("peft")
+    more = ("--fake-lora-rank", "2", "--gradient-checkpointing", "--checkpoint-decoder", "--regression-on", "images")
+    train.main(flags(world, world / "lora", *more))
+    a, b = figures(world / "run")[0], figures(world / "lora")[0]
+    assert a["loss/matching"] == pytest.approx(b["loss/matching"], rel=1e-4)  # both fake scores start as the teacher
+    assert a["loss/fake"] == pytest.approx(b["loss/fake"], rel=1e-4)
+    newest = max((world / "lora" / "checkpoints").iterdir())
+    assert all(name.startswith("adapters.") for name in load_file(newest / "fake.safetensors"))
+    train.main(flags(world, world / "lora-again", *more, "--max-train-steps", "2"))
+    train.main(flags(world, world / "lora-again", *more))
+    assert equal(weights(world / "lora"), weights(world / "lora-again"))
+
+
 def test_images_do_not_depend_on_their_batch(world):
     """R8: the same seed alone and in a batch."""
     folder = str(world / "run" / "student")
