@@ -59,7 +59,7 @@ class ShapesOptions:
     decoder_lr: float = 1e-3
     drawings: int = 80_000
     """How many drawings the denoiser learns from."""
-    steps: int = 6000
+    steps: int = 16_000
     """Updates of UNet and text encoder."""
     batch_size: int = 64
     lr: float = 1e-3
@@ -121,7 +121,7 @@ def _open(stages: Path, options: ShapesOptions) -> None:
     stages.mkdir(parents=True, exist_ok=True)
     wanted = json.loads(json.dumps(asdict(options)))
     path = stages / "options.json"
-    free = {"output_dir", "guidance", "samples", "cpu", "decoder_steps", "decoder_lr"}
+    free = {"output_dir", "guidance", "samples", "cpu", "steps", "decoder_steps", "decoder_lr"}
     if path.exists():
         found = json.loads(path.read_text())
         for name, value in wanted.items():
