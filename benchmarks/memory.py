@@ -11,7 +11,6 @@ to 2 GiB together) come on top. The last line is JSON.
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -109,7 +108,6 @@ def count(sizes: Sizes) -> Counts:
             with torch.autocast("cpu", torch.bfloat16):
                 return vgg(vae.decode(student()).sample).float().square().mean()
 
-        adapters = sum(sum(m.weight.shape) for n, m in _linear(unet) if n.endswith(ATTENTION))
         found: dict[str, dict[bool, int]] = {"matching": {}, "regression": {}}
         for recompute in (False, True):
             if recompute:
@@ -117,11 +115,14 @@ def count(sizes: Sizes) -> Counts:
                 vae.enable_gradient_checkpointing()
             found["matching"][recompute] = transient([unet], matching)
             found["regression"][recompute] = transient([unet, vae, vgg], regression)
-        return Counts(parameters(unet), parameters(vae), parameters(text), parameters(vgg), adapters, **found)
+        a, b, c, d = (parameters(net) for net in (unet, vae, text, vgg))
+        return Counts(a, b, c, d, adapters_of_rank_1(unet), found["matching"], found["regression"])
 
 
-def _linear(net: Any) -> list[tuple[str, nn.Linear]]:
-    return [(name, module) for name, module in net.named_modules() if isinstance(module, nn.Linear)]
+def adapters_of_rank_1(net: nn.Module) -> int:
+    """Parameters of low-rank adapters, for each of their rank."""
+    linear = [m for name, m in net.named_modules() if isinstance(m, nn.Linear) and name.endswith(ATTENTION)]
+    return sum(m.in_features + m.out_features for m in linear)
 
 
 def at_rest(counts: Counts, case: Case) -> float:

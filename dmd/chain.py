@@ -134,6 +134,8 @@ class Chain:
             self._picture(distiller, average, batches(0).batches[0], teacher.codec, step)
             if judge.best is None:
                 teacher.save(average, student, self._made(step))
+            if not judge.measures:
+                return {}
             return judge.in_loop(student_generator(average), config.evaluation.eval_samples)
 
         run = Run(

@@ -432,6 +432,23 @@ PRESETS: dict[str, Config] = {
         evaluation=EvaluationOptions(eval_every=500, eval_samples=64, final_samples=1024),
         run=RunOptions(output_dir="runs/sd15", mixed_precision="bf16", checkpointing_steps=500, log_every=50),
     ),
+    # the same on one GPU of 24 GB (`python -m benchmarks.memory` counts what it needs), 16 + 8 by accumulation
+    "sd15-24gb": Config(
+        preset="sd15-24gb",
+        data=DataOptions(data=None, prompts="captions.txt", size=512, channels=3),
+        teacher=TeacherOptions(teacher="stable-diffusion-v1-5/stable-diffusion-v1-5"),
+        pairs=PairOptions(pairs=20_000, solver="pndm", teacher_steps=50, guidance=3.0),
+        distill=DistillOptions(
+            max_train_steps=20_000, batch_size=16, pair_batch_size=8, gradient_accumulation_steps=16,
+            pair_accumulation_steps=8, learning_rate=1e-5, fake_learning_rate=1e-4, lr_warmup_steps=500,
+            lr_cooldown_steps=5000, ema=0.999, lambda_reg=0.25, regression="lpips-vgg", lpips_size=224,
+        ),
+        memory=MemoryOptions(
+            gradient_checkpointing=True, checkpoint_decoder=True, real_in_bf16=True, fake_lora_rank=64, adam_8bit=True,
+        ),
+        evaluation=EvaluationOptions(eval_every=500, eval_samples=16, final_samples=256),
+        run=RunOptions(output_dir="runs/sd15-24gb", mixed_precision="bf16", checkpointing_steps=500, log_every=50),
+    ),
 }  # fmt: skip
 
 

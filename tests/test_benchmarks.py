@@ -48,3 +48,59 @@ def test_sampling_has_the_sizes_of_version_1_5():
         sizes = [sum(p.numel() for p in net.parameters()) for net in networks(SD_1_5)]
         assert sum(p.numel() for p in AutoencoderTiny().decoder.parameters()) == 1_222_531
     assert sizes == [859_520_964, 83_653_863, 123_060_480]
+
+
+def test_what_lies_in_memory_is_what_the_reference_counts():
+    """Student and fake score: 16 bytes a parameter with float32 Adam; adapters of rank 64: 12.75 million parameters."""
+    from benchmarks.memory import CASES, Counts, adapters_of_rank_1, at_rest
+    from benchmarks.sampling import SD_1_5, networks
+
+    with torch.device("meta"):
+        unet, vae, text = networks(SD_1_5)
+    sizes = [sum(p.numel() for p in net.parameters()) for net in (unet, vae, text)]
+    counts = Counts(*sizes, 14_714_688, adapters_of_rank_1(unet), {}, {})
+    assert 64 * counts.adapters == 12_754_944
+    two, lora = at_rest(counts, CASES["two networks"]), at_rest(counts, CASES["LoRA fake score, checkpointing"])
+    frozen = 859_520_964 * (4 + 2) + (83_653_863 + 123_060_480 + 14_714_688) * 4  # average, real score in bf16, others
+    assert two == 2 * 859_520_964 * 16 + frozen
+    assert two - lora == (859_520_964 - 12_754_944) * 16
+    assert at_rest(counts, CASES["two networks, checkpointing, 8-bit Adam"]) < two - 2 * 859_520_964 * 5.9
+
+
+def test_a_pass_is_counted_as_autograd_saves_it():
+    """At a small size: without recomputation at least what autograd holds between the passes; with it, less."""
+    from benchmarks.memory import count
+    from benchmarks.sampling import SMALL, networks
+
+    counts = count(SMALL)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        unet, _, _ = networks(SMALL)
+    own = {p.untyped_storage().data_ptr() for p in unet.parameters()}
+    saved = {}
+
+    def pack(x):
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = (storage.nbytes(), x)
+        return x
+
+    side, text = SMALL.side, torch.zeros(1, SMALL.tokens, SMALL.text_width)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast("cpu", torch.bfloat16):
+        unet(torch.zeros(1, 4, side, side), torch.tensor([999]), text, return_dict=False)
+    held = sum(size for size, _ in saved.values())
+    assert held < counts.matching[False] < 3 * held
+    assert counts.matching[True] < counts.matching[False]
+    assert counts.matching[False] < counts.regression[False]
+
+
+@pytest.mark.slow
+def test_sd15_trains_on_a_gpu_of_24_gb():
+    """The table of docs/stable_diffusion.md: at most 22 GiB at batch 1."""
+    from benchmarks.memory import CASES, GIB, count, peak
+    from benchmarks.sampling import SD_1_5
+
+    counts = count(SD_1_5)
+    found = {name: peak(counts, case) / GIB for name, case in CASES.items()}
+    assert found["LoRA fake score, checkpointing, 8-bit Adam (sd15-24gb)"] < 22
+    assert list(found.values()) == pytest.approx([36.89, 33.71, 24.16, 21.10, 16.25], rel=0.03)

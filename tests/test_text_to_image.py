@@ -124,6 +124,14 @@ def test_a_run_with_adapters_resumes_and_its_checkpoint_holds_them_alone(world):
     assert equal(weights(world / "lora"), weights(world / "lora-again"))
 
 
+def test_a_real_score_in_bf16_is_near_the_one_in_float32(world):
+    train.main(flags(world, world / "half", "--mixed-precision", "bf16", "--real-in-bf16", "--max-train-steps", "1"))
+    a, b = figures(world / "run")[0], figures(world / "half")[0]
+    for name in ("loss/regression", "loss/fake", "health/normaliser"):
+        assert a[name] == pytest.approx(b[name], rel=0.05)
+        assert a[name] != b[name]
+
+
 def test_images_do_not_depend_on_their_batch(world):
     """R8: the same seed alone and in a batch."""
     folder = str(world / "run" / "student")
