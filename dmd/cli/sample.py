@@ -26,8 +26,8 @@ class SampleOptions:
     """Prompts, each in quotes; for a class-conditional network names of classes, all of them if left out."""
     prompts: str | None = None
     """File or folder of further prompts: .txt, .jsonl, .parquet, webdataset, or images with metadata.jsonl."""
-    student: str = "shapes"
-    """Folder of a student, for example runs/digits/student, or of a teacher; "shapes" is the student that ships."""
+    student: str = "runs/digits/student"
+    """Folder of a student or a teacher, pixels or text to image."""
     teacher: bool = False
     """Beside it also sample its teacher, in many steps from the same noise."""
     steps: int | None = None
