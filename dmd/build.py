@@ -18,7 +18,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 import dmd
-from dmd import checkpoint, evaluation, log, models, pairs, teachers
+from dmd import checkpoint, evaluation, log, pairs, teachers
 from dmd.batches import DistillBatches, Share, TeachBatches
 from dmd.codec import Codec
 from dmd.config import Config, RunOptions, check
@@ -220,10 +220,10 @@ def check_architecture(config: Config, data: ImageSet) -> None:
 
 
 def teacher_source(config: Config, data: ImageSet | None) -> str | Path:
-    """Where the teacher is, or will be: what the user gave, what ships, or a place in the cache named by what
+    """Where the teacher is, or will be: what the user gave, or a place in the cache named by what
     determines it."""
     if config.teacher.teacher is not None:
-        return models.locate(config.teacher.teacher, "teacher")
+        return config.teacher.teacher
     assert data is not None  # by `check`
     facts = asdict(config.teacher) | {"flip": config.data.flip, "data": data.digest(), "seed": config.run.seed}
     facts["precision"] = config.run.mixed_precision
@@ -420,8 +420,7 @@ def ema_denoiser(task: Distiller) -> NetworkDenoiser:
 
 
 def feature_net(config: Config, data: ImageSet) -> FeatureNet:
-    """The Fréchet distance's network: a given CIFAR ResNet, or a small classifier trained on the data and cached; that
-    of the world of shapes ships."""
+    """The Fréchet distance's network: a given CIFAR ResNet, or a small classifier trained on the data and cached."""
     from dmd.metrics import networks
 
     if config.evaluation.features is not None:
@@ -431,8 +430,6 @@ def feature_net(config: Config, data: ImageSet) -> FeatureNet:
                 f"--features {config.evaluation.features} takes images of {net.shape}, but the data has {data.shape}"
             )
         return net
-    if config.data.data == "shapes":
-        return networks.load_classifier(models.FEATURES)
     seed = config.run.seed % 2**32  # what torch's own generator can tell apart
     return networks.train_classifier(data, None, seed, Path(config.run.cache_dir) / "classifiers")
 

@@ -4,9 +4,7 @@ teaches an autoencoder, then a text encoder and a UNet on its latents, and write
 
 import copy
 import json
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -308,14 +306,3 @@ def card_text(card: dict[str, Any]) -> str:
         "| shows all that its caption says | |", "|---|---|", *rows, "",
         "| file | bytes | sha256 |", "|---|---|---|", *files, "",
     ])  # fmt: skip
-
-
-def teach_features(folder: Path, seed: int = 0, steps: int = 400) -> None:
-    """The network behind Fréchet distances of this world: a classifier of shape and colour of single things."""
-    from dmd.metrics import networks
-
-    with tempfile.TemporaryDirectory() as cache:
-        train, test = build.shapes_set(seed, "train"), build.shapes_set(seed + 1, "train")
-        networks.train_classifier(train, test, seed, Path(cache), "FD-ShapesNet", steps)
-        (made,) = Path(cache).iterdir()
-        shutil.copytree(made, folder, dirs_exist_ok=True)

@@ -14,8 +14,6 @@ from dmd.errors import InputError
 
 def teach(argv: Sequence[str], prog: str) -> None:
     """Train a teacher and say where it is."""
-    if argv[:1] == ["shapes-features"]:
-        return flags.guarded(lambda: _teach_features(argv[1:], f"{prog} shapes-features"))
     if argv[:1] == ["shapes"]:
         return flags.guarded(lambda: _teach_shapes(argv[1:], f"{prog} shapes"))
 
@@ -34,26 +32,6 @@ def teach(argv: Sequence[str], prog: str) -> None:
             print(f"teacher: {folder}")
 
     _with_config(argv, prog, "Train the many-step teacher on real images.", work)
-
-
-@dataclass(frozen=True)
-class FeatureOptions:
-    """Teach the network behind Fréchet distances of drawings of shapes."""
-
-    output_dir: str = "runs/shapes-features"
-    """Its folder (config.json, model.safetensors)."""
-    seed: int = 0
-    """Key of drawings and weights."""
-    steps: int = 400
-    """Updates, of 128 drawings each."""
-
-
-def _teach_features(argv: Sequence[str], prog: str) -> None:
-    from dmd import teach_shapes
-
-    options = flags.read(FeatureOptions, argv, prog)
-    teach_shapes.teach_features(Path(options.output_dir), options.seed, options.steps)
-    print(f"features: {options.output_dir}")
 
 
 def _teach_shapes(argv: Sequence[str], prog: str) -> None:
@@ -105,7 +83,7 @@ def report(argv: Sequence[str], prog: str) -> None:
     flags.guarded(work)
 
 
-def _with_config(argv: Sequence[str], prog: str, description: str, work: "flags.Work") -> None:
+def _with_config(argv: Sequence[str], prog: str, description: str, work: "flags.Work", default: str = "shapes") -> None:
     def guarded() -> None:
         command = flags.parse(argv, prog, description)
         if command.dry_run:

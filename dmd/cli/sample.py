@@ -1,5 +1,6 @@
 """`sample.py` and `dmd sample`: images from a student (one step) or its teacher, by prompt and seed."""
 
+import json
 import re
 import sys
 import time
@@ -16,6 +17,7 @@ from dmd.errors import InputError
 
 MAX_SEEDS = 1_000_000
 TINY = "madebyollin/taesd"
+EXAMPLE = "a small red circle at the left on a blue background"
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def sample(options: SampleOptions) -> None:
             raise InputError(f"the prompt {prompt[:60]!r} holds a NUL character: remove it")
     import torch
 
-    from dmd import models, teachers
+    from dmd import teachers
     from dmd.denoiser import Guided
     from dmd.evaluation import save_grid
     from dmd.generate import Generator, student_generator, teacher_generator
@@ -103,12 +105,11 @@ def sample(options: SampleOptions) -> None:
 
     device = _device(options.device)
     autocast = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[options.precision]
-    folder = models.locate(options.student, "student")
-    student = teachers.load(folder, device, autocast)
+    student = teachers.load(options.student, device, autocast)
     codec = student.codec if options.decoder == "full" else teachers.tiny_codec(options.decoder, device, TINY)
     prompts = prompts or list(student.classes)
     if not prompts:
-        raise InputError(f"what should the images show? Give a prompt, such as: sample.py {models.EXAMPLE!r}")
+        raise InputError(f"what should the images show? Give a prompt, such as: sample.py {EXAMPLE!r}")
 
     student.encode(prompts[:1] if not student.classes else prompts)  # refuses unknown classes before anything is made
 
@@ -121,7 +122,7 @@ def sample(options: SampleOptions) -> None:
         scale = 1.0 if options.guidance_scale is None else options.guidance_scale
         runs = [("many steps", student, steps_of(student, scale))]
     if options.teacher:
-        source, guidance = models.teacher_of(folder)
+        source, guidance = teacher_of(Path(options.student))
         teacher = teachers.load(source, device, autocast)
         scale = guidance if options.guidance_scale is None else options.guidance_scale
         runs.append(("teacher", teacher, steps_of(teacher, scale)))
@@ -165,6 +166,24 @@ def _images(
             bar.update,
         )  # fmt: skip
         return x, len(seed) / (time.perf_counter() - started)
+
+
+def teacher_of(student: Path) -> tuple[str, float]:
+    """A student's teacher and the guidance scale that it was distilled with, from the run that the student lies in.
+
+    Raises:
+        InputError: the folder is not in a finished run.
+    """
+    run = student.resolve().parent
+    try:
+        guidance = json.loads((run / "config.json").read_text(encoding="utf-8"))["pairs"]["guidance"]
+        teacher = json.loads((run / "summary.json").read_text(encoding="utf-8"))["teacher"]["folder"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(
+            f"{student} is not in a finished run, so its teacher is not known: give the teacher's folder as --student "
+            "with --steps 50"
+        ) from None
+    return str(teacher), float(guidance)
 
 
 def slug(prompt: str) -> str:
