@@ -110,3 +110,21 @@ def test_the_teacher_starts_at_its_own_noise_level():
     z = seeding.normal(0, Stream.SAMPLE, 0, seeds, (2,))
     expected = teacher.means + 0.5 * (80 * z - teacher.means) / math.hypot(80, 0.5)
     torch.testing.assert_close(x, expected, rtol=0, atol=2e-3)
+
+
+def test_many_steps_of_a_pixel_network_are_heuns(tmp_path, monkeypatch, capsys):
+    """`sample.py --steps n` is the sampler that the network's pairs come from: 2 n - 1 evaluations."""
+    from dmd.cli import sample as command
+    from dmd.teachers import pixel
+
+    config = pixel.PixelConfig(("a", "b"), 1, 4, 8, (1,), 1, (False,))
+    pixel.save(pixel.build(config).net.get_submodule("unet"), config, tmp_path / "net")
+    calls = []
+    forward = pixel.KarrasNet.forward
+    monkeypatch.setattr(pixel.KarrasNet, "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
+    options = ["--student", str(tmp_path / "net"), "--out", str(tmp_path / "out"), "--device", "cpu", "--seeds", "0-1"]
+    command.main(["b", *options])
+    assert len(calls) == 1
+    command.main(["b", "--steps", "3", *options])
+    assert len(calls) == 1 + 5
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["000-b-seed-0.png", "000-b-seed-1.png", "grid.png"]

@@ -33,7 +33,8 @@ class SampleOptions:
     teacher: bool = False
     """Beside it also sample its teacher, in many steps from the same noise."""
     steps: int | None = None
-    """Steps of the teacher, 50 if left out. Without --teacher: run the given folder itself in so many steps."""
+    """Steps of the teacher (DDIM; Heun for pixels), 50 if left out. Without --teacher: run the given folder itself in so
+    many steps."""
     guidance_scale: float | None = None
     """Guidance of many steps, uncond + s (cond - uncond); left out, what the student was distilled with, or 1. Students
     have theirs built in."""
@@ -101,7 +102,9 @@ def sample(options: SampleOptions) -> None:
     from dmd.denoiser import Guided
     from dmd.evaluation import save_grid
     from dmd.generate import Generator, student_generator, teacher_generator
-    from dmd.solvers import ddim
+    from dmd.noise import Karras
+    from dmd.pipeline import Pipeline
+    from dmd.solvers import ddim, heun
 
     device = _device(options.device)
     autocast = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[options.precision]
@@ -113,11 +116,14 @@ def sample(options: SampleOptions) -> None:
 
     student.encode(prompts[:1] if not student.classes else prompts)  # refuses unknown classes before anything is made
 
-    def steps_of(pipeline: Any, scale: float) -> Generator:
-        return teacher_generator(Guided(pipeline.denoiser, scale, pipeline.null()), ddim, options.steps or 50)
+    many_steps = options.steps or 50
+
+    def steps_of(pipeline: Pipeline, scale: float) -> Generator:
+        solver = heun if isinstance(pipeline.denoiser.schedule, Karras) else ddim
+        return teacher_generator(Guided(pipeline.denoiser, scale, pipeline.null()), solver, many_steps)
 
     if options.teacher or not many:
-        runs: list[tuple[str, Any, Generator]] = [("student", student, student_generator(student.denoiser))]
+        runs: list[tuple[str, Pipeline, Generator]] = [("student", student, student_generator(student.denoiser))]
     else:
         scale = 1.0 if options.guidance_scale is None else options.guidance_scale
         runs = [("many steps", student, steps_of(student, scale))]
@@ -132,7 +138,7 @@ def sample(options: SampleOptions) -> None:
     rows: list[Any] = []
     for name, pipeline, generator in runs:
         x, rate = _images(pipeline, generator, codec, prompts, seeds, options.batch_size, device, name)
-        facts = {"network": pipeline.digest(), "sampled": name, "steps": str(1 if name == "student" else options.steps)}
+        facts = {"network": pipeline.digest(), "sampled": name, "steps": str(1 if name == "student" else many_steps)}
         prefix = "" if len(runs) == 1 else f"{name}-"
         for image, (n, s) in zip(x, [(n, s) for n in range(len(prompts)) for s in seeds], strict=True):
             path = out / f"{prefix}{n:03d}-{slug(prompts[n])}-seed-{s}.png"
