@@ -33,8 +33,7 @@ class SampleOptions:
     teacher: bool = False
     """Beside it also sample its teacher, in many steps from the same noise."""
     steps: int | None = None
-    """Steps of the teacher (DDIM; Heun for pixels), 50 if left out. Without --teacher, the given folder itself is run in
-    so many steps."""
+    """Steps of the teacher (DDIM; Heun for pixels), 50 if left out. Without --teacher, of the given folder itself."""
     guidance_scale: float | None = None
     """Guidance of many steps, uncond + s (cond - uncond); left out, what the student was distilled with, or 1. Students
     have theirs built in."""
