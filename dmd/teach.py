@@ -1,11 +1,12 @@
-"""Training a small teacher: plain denoising score matching (EDM, arXiv 2206.00364), and the autoencoder of a latent
-one."""
+"""Training a small teacher: plain denoising score matching (EDM, arXiv 2206.00364), and the autoencoder and text encoder
+of a latent one."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -78,13 +79,18 @@ class Autoencoding:
     Args:
         vae: diffusers' AutoencoderKL.
         kl_weight: small, since latents are only to stay near unit scale and smooth.
+        jitter: standard deviation of noise on the latents besides the posterior's.
     """
 
-    def __init__(self, vae: Any, optimizer: Optimizer, ema: Ema, kl_weight: float, max_norm: float, update: Update):
+    def __init__(
+        self, vae: Any, optimizer: Optimizer, ema: Ema, kl_weight: float, jitter: float, max_norm: float,
+        update: Update,
+    ):  # fmt: skip
         self.vae = vae.train()
         self.optimizer = optimizer
         self.ema = ema
         self.kl_weight = kl_weight
+        self.jitter = jitter
         self.max_norm = max_norm
         self.update = update
 
@@ -100,7 +106,8 @@ class Autoencoding:
         rows = []
         for b in batches:
             posterior = self.vae.encode(b.images).latent_dist
-            error = self.vae.decode(posterior.mean + posterior.std * b.noise).sample - b.images
+            std = (posterior.var + self.jitter**2).sqrt()
+            error = self.vae.decode(posterior.mean + std * b.noise).sample - b.images
             l1, l2, kl = error.abs().mean(), error.square().mean(), posterior.kl().mean() / b.noise[0].numel()
             ((l1 + l2 + self.kl_weight * kl) / len(batches)).backward()
             rows.append(torch.stack((l1, l2, kl)).detach())
@@ -108,4 +115,50 @@ class Autoencoding:
         figures["grad/net"] = self.update(list(self.vae.parameters()), self.max_norm, figures)
         self.optimizer.step()
         self.ema.update(self.vae, step)
+        return figures
+
+
+@dataclass(frozen=True)
+class TextBatch:
+    """Tokens (B, L) of captions, and the right answer to each of Q questions about each, (B, Q); both int64."""
+
+    tokens: Tensor
+    answers: Tensor
+
+
+class Describing:
+    """A `dmd.run.Task`: one update of a text encoder that answers questions about its captions, by cross-entropy.
+
+    Args:
+        describer: see `dmd.teachers.miniature.Describer`.
+    """
+
+    def __init__(self, describer: nn.Module, optimizer: Optimizer, ema: Ema, max_norm: float, update: Update):
+        self.describer = describer.train()
+        self.optimizer = optimizer
+        self.ema = ema
+        self.max_norm = max_norm
+        self.update = update
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {"net": self.describer, "ema": self.ema.shadow}
+
+    def optimizers(self) -> dict[str, Optimizer]:
+        return {"net": self.optimizer}
+
+    def step(self, step: int, batches: Sequence[TextBatch]) -> dict[str, Tensor]:
+        """One update over the micro-batches. Raises `NotFinite` (by `update`) before a bad one."""
+        self.optimizer.zero_grad()
+        rows = []
+        for b in batches:
+            scores, row = self.describer(b.tokens)
+            wanted = b.answers[row].T
+            loss = torch.stack([F.cross_entropy(s, w) for s, w in zip(scores, wanted, strict=True)]).mean()
+            (loss / len(batches)).backward()
+            right = torch.stack([s.argmax(1) == w for s, w in zip(scores, wanted, strict=True)]).all(0)
+            rows.append(torch.stack((loss.detach(), right.float().mean())))
+        figures = dict(zip(("loss/describing", "right"), torch.stack(rows).mean(0), strict=True))
+        figures["grad/net"] = self.update(list(self.describer.parameters()), self.max_norm, figures)
+        self.optimizer.step()
+        self.ema.update(self.describer, step)
         return figures

@@ -1,5 +1,5 @@
 """How the miniature Stable Diffusion that ships was made: `dmd teach shapes` draws a world of captioned shapes and
-teaches an autoencoder, then a text encoder and a UNet on its latents, and writes the pipeline's folder with its card.
+teaches an autoencoder, a text encoder and, on the features of both, a UNet, and writes the pipeline's folder with its card.
 """
 
 import copy
@@ -19,7 +19,7 @@ from dmd.batches import TeachBatches
 from dmd.build import Workplace
 from dmd.data import shapes
 from dmd.data.images import to_float
-from dmd.data.shapes import Scene
+from dmd.data.shapes import COLOURS, PLACES, SHAPES, SIZES, Scene
 from dmd.denoiser import Cond, Guided
 from dmd.ema import Ema
 from dmd.errors import InputError
@@ -28,9 +28,10 @@ from dmd.metrics import caption
 from dmd.run import Cadence, Progress, Run, Task, clip_and_check
 from dmd.seeding import Stream
 from dmd.solvers import ddim
-from dmd.teach import Autoencoding, ImageBatch, Teacher
+from dmd.teach import Autoencoding, Describing, ImageBatch, Teacher, TextBatch
 from dmd.teachers import layout, miniature, stable_diffusion
-from dmd.teachers.miniature import CaptionedNet, MiniatureConfig
+from dmd.teachers.miniature import Describer, MiniatureConfig
+from dmd.teachers.stable_diffusion import TextEncoder, TimestepNet
 
 UNSEEN = 1 << 40
 """Drawings from this index on are for judging, those below for teaching."""
@@ -50,15 +51,21 @@ class ShapesOptions:
     """Updates of the autoencoder, each on drawings that it has not seen."""
     autoencoder_batch_size: int = 16
     autoencoder_lr: float = 1e-3
-    kl_weight: float = 1e-4
+    kl_weight: float = 4e-4
     """Weight of the latents' divergence from unit noise."""
     decoder_steps: int = 3000
     """Further updates of the decoder alone, which leave the latents as they are."""
     decoder_lr: float = 1e-3
-    drawings: int = 80_000
+    decoder_noise: float = 0.1
+    """Noise on the latents that the decoder then learns from, which makes it forgive a denoiser's small errors."""
+    text_steps: int = 1000
+    """Updates of the text encoder, which learns by itself to say where what is."""
+    text_batch_size: int = 256
+    text_lr: float = 1e-3
+    drawings: int = 60_000
     """How many drawings the denoiser learns from."""
-    steps: int = 16_000
-    """Updates of UNet and text encoder."""
+    steps: int = 12_000
+    """Updates of the UNet."""
     batch_size: int = 64
     lr: float = 1e-3
     ema: float = 0.999
@@ -92,22 +99,21 @@ def teach(options: ShapesOptions, place: Workplace) -> bool:
     vae, vae_progress = _autoencoder(options, place, stages / "autoencoder")
     if vae_progress.step < options.autoencoder_steps:
         return False
+    text, text_progress = _text(options, place, tokenizer, tokens, stages / "text")
+    if text_progress.step < options.text_steps:
+        return False
     latents, scale = _latents(options, place, vae, stages / "latents.safetensors")
-
-    def tokenise(prompts: Sequence[str]) -> Tensor:
-        found = tokenizer(list(prompts), padding="max_length", max_length=options.network.tokens, return_tensors="pt")
-        return found.input_ids
-
-    net, progress = _denoiser(options, place, latents, tokenise, tokens, stages / "denoiser")
+    net, progress = _denoiser(options, place, latents, TextEncoder(tokenizer, text), stages / "denoiser")
     if progress.step < options.steps:
         return False
-    vae, sharp_progress = _decoder(options, place, vae, stages / "decoder")
+    vae, sharp_progress = _decoder(options, place, vae, scale, stages / "decoder")
     if sharp_progress.step < options.decoder_steps:
         return False
 
     def conclude() -> None:
-        miniature.save(vae, net, scale, folder)
-        seconds = {"autoencoder": vae_progress.seconds + sharp_progress.seconds, "denoiser": progress.seconds}
+        miniature.save(vae, net, text, scale, folder)
+        seconds = {"autoencoder": vae_progress.seconds + sharp_progress.seconds}
+        seconds |= {"text encoder": text_progress.seconds, "denoiser": progress.seconds}
         _card(options, place, folder, seconds | {"this start": time.monotonic() - started})
 
     place.first(conclude)
@@ -119,7 +125,7 @@ def _open(stages: Path, options: ShapesOptions) -> None:
     stages.mkdir(parents=True, exist_ok=True)
     wanted = json.loads(json.dumps(asdict(options)))
     path = stages / "options.json"
-    free = {"output_dir", "guidance", "samples", "cpu", "steps", "decoder_steps", "decoder_lr"}
+    free = {"output_dir", "guidance", "samples", "cpu", "steps", "decoder_steps", "decoder_lr", "decoder_noise"}
     if path.exists():
         found = json.loads(path.read_text())
         for name, value in wanted.items():
@@ -147,21 +153,20 @@ def _seeded(options: ShapesOptions, make: Callable[[], Any]) -> Any:
 
 def _autoencoder(options: ShapesOptions, place: Workplace, folder: Path) -> tuple[Any, Progress]:
     vae = _seeded(options, lambda: miniature.autoencoder(options.network)).to(place.device)
-    return _reconstruct(options, place, vae, options.autoencoder_lr, options.autoencoder_steps, 0, folder)
+    return _reconstruct(options, place, vae, options.autoencoder_lr, options.autoencoder_steps, 0, 0.0, folder)
 
 
-def _decoder(options: ShapesOptions, place: Workplace, vae: Any, folder: Path) -> tuple[Any, Progress]:
+def _decoder(options: ShapesOptions, place: Workplace, vae: Any, scale: float, folder: Path) -> tuple[Any, Progress]:
     """The decoder goes on by itself, on drawings that the autoencoder has not seen."""
     vae = copy.deepcopy(vae).requires_grad_(True)
     for part in (vae.encoder, vae.quant_conv):
         part.requires_grad_(False)
-    return _reconstruct(
-        options, place, vae, options.decoder_lr, options.decoder_steps, options.autoencoder_steps, folder
-    )
+    jitter, first = options.decoder_noise / scale, options.autoencoder_steps
+    return _reconstruct(options, place, vae, options.decoder_lr, options.decoder_steps, first, jitter, folder)
 
 
 def _reconstruct(
-    options: ShapesOptions, place: Workplace, vae: Any, lr: float, steps: int, first: int, folder: Path
+    options: ShapesOptions, place: Workplace, vae: Any, lr: float, steps: int, first: int, jitter: float, folder: Path
 ) -> tuple[Any, Progress]:
     """Train what of the autoencoder is not frozen, on the drawings of steps from `first` on; its average."""
     vae.to(memory_format=torch.channels_last)
@@ -176,7 +181,7 @@ def _reconstruct(
             found.append(ImageBatch(x.to(place.device), noise.to(place.device)))
         return found
 
-    task = Autoencoding(vae, build.adam(vae, lr, BETAS, 0.0), ema, options.kl_weight, 1.0, clip_and_check)
+    task = Autoencoding(vae, build.adam(vae, lr, BETAS, 0.0), ema, options.kl_weight, jitter, 1.0, clip_and_check)
     return ema.shadow, _train(folder, task, batches, steps, place, folder.name)
 
 
@@ -208,23 +213,71 @@ def _digest(vae: nn.Module) -> Tensor:
     return torch.tensor(list(bytes.fromhex(checkpoint.digest(vae))), dtype=torch.uint8)
 
 
+def _text(
+    options: ShapesOptions, place: Workplace, tokenizer: Any, vocabulary: int, folder: Path
+) -> tuple[Any, Progress]:
+    """A text encoder that knows what its captions say of each place, and nothing of the empty caption."""
+
+    def make() -> Describer:
+        return Describer(miniature.text_encoder(options.network, vocabulary), ANSWERS)
+
+    describer = _seeded(options, make).to(place.device)
+    ema = Ema(describer, options.ema)
+
+    def batches(step: int) -> list[TextBatch]:
+        found = []
+        for index in place.share().split(options.text_batch_size, "--text-batch-size"):
+            scenes = shapes.scenes(options.seed, step * options.text_batch_size + index)
+            dropped = seeding.uniform(options.seed, Stream.CONDITION_DROPOUT, step, index) < options.caption_dropout
+            captions = ["" if drop else shapes.caption(s) for drop, s in zip(dropped.tolist(), scenes, strict=True)]
+            tokens = tokenizer(captions, padding="max_length", max_length=options.network.tokens, return_tensors="pt")
+            right = torch.tensor([answers(s) for s in scenes]) * ~dropped[:, None]
+            found.append(TextBatch(tokens.input_ids.to(place.device), right.to(place.device)))
+        return found
+
+    task = Describing(describer, build.adam(describer, options.text_lr, BETAS, 0.0), ema, 1.0, clip_and_check)
+    progress = _train(folder, task, batches, options.text_steps, place, "text encoder")
+    shadow: Any = ema.shadow
+    return shadow.text.requires_grad_(False), progress
+
+
+PLACED = {"above": ("top", "bottom"), "below": ("bottom", "top"), "left of": ("left", "right")}
+PLACED |= {"right of": ("right", "left")}
+"""Where the two things of a relation are."""
+ANSWERS = [len(COLOURS) + 1, *[len(SHAPES) + 1, len(COLOURS) + 1, len(SIZES) + 2] * len(PLACES)]
+"""How many answers there are to each of the questions that a caption answers, see `answers`."""
+
+
+def answers(scene: Scene) -> list[int]:
+    """The background's number, and for each of `PLACES` those of shape, colour and size there; 0 is none."""
+    found = {name: [0, 0, 0] for name in PLACES}
+    at = (scene.where,) if len(scene.things) == 1 else PLACED[scene.where]
+    for place, thing in zip(at, scene.things, strict=True):
+        size = 1 + [*SIZES, None].index(thing.size)
+        found[place] = [1 + SHAPES.index(thing.shape), 1 + list(COLOURS).index(thing.colour), size]
+    return [1 + list(COLOURS).index(scene.background), *(number for numbers in found.values() for number in numbers)]
+
+
 def _denoiser(
-    options: ShapesOptions, place: Workplace, latents: Tensor, tokenise: Callable[[Sequence[str]], Tensor],
-    vocabulary: int, folder: Path,
-) -> tuple[CaptionedNet, Progress]:  # fmt: skip
+    options: ShapesOptions, place: Workplace, latents: Tensor, text: TextEncoder, folder: Path
+) -> tuple[TimestepNet, Progress]:
     autocast = torch.bfloat16 if options.mixed_precision else None
-    denoiser = _seeded(options, lambda: miniature.denoiser(options.network, vocabulary, autocast)).to(place.device)
+    denoiser = _seeded(options, lambda: miniature.denoiser(options.network, autocast)).to(place.device)
     denoiser.net.to(memory_format=torch.channels_last)
-    scenes = shapes.scenes(options.seed, torch.arange(len(latents)))
-    tokens = tokenise([shapes.caption(s) for s in scenes])
+    captions = [shapes.caption(s) for s in shapes.scenes(options.seed, torch.arange(len(latents)))]
+    kept = torch.empty(len(captions), options.network.tokens, options.network.text_width, dtype=torch.float16)
+    with log.progress(len(captions), 0, "captions", place.main, "text") as bar:
+        for first in range(0, len(captions), 500):  # those that are seen dozens of times are encoded once
+            kept[first : first + 500] = text.encode(captions[first : first + 500])["text"].cpu()
+            bar.update(min(500, len(captions) - first))
 
     def data(index: Tensor) -> tuple[Tensor, Cond]:
-        return latents[index], {"tokens": tokens[index]}
+        return latents[index], {"text": kept[index].float()}
 
+    null = {k: v.cpu() for k, v in text.null.items()}
     batches = TeachBatches(
-        options.seed, data, len(latents), lambda u: u, {"tokens": tokenise([""])}, options.batch_size, place.share(),
-        options.caption_dropout,
-    )  # fmt: skip
+        options.seed, data, len(latents), lambda u: u, null, options.batch_size, place.share(), options.caption_dropout
+    )
     ema = Ema(denoiser.net, options.ema)
     task = Teacher(denoiser, build.adam(denoiser.net, options.lr, BETAS, 0.0), ema, 1.0, clip_and_check)
     progress = _train(folder, task, batches, options.steps, place, "denoiser")
@@ -298,8 +351,8 @@ def card_text(card: dict[str, Any]) -> str:
         "folder layout of Stable Diffusion 1.5 and is meant as a teacher for trying distillation on a laptop. It "
         "knows nothing beyond its shapes, colours, sizes, places and relations.", "",
         f"- Made by `{card['command']}`, dmd {e['dmd']} at commit {e['commit']}, torch {e['torch']}.",
-        f"- On {e['device']}, {e['threads']} threads: autoencoder {minutes['autoencoder']:.0f} minutes, UNet and text "
-        f"encoder {minutes['denoiser']:.0f} minutes.",
+        f"- On {e['device']}, {e['threads']} threads: autoencoder {minutes['autoencoder']:.0f} minutes, text encoder "
+        f"{minutes['text encoder']:.0f} minutes, UNet {minutes['denoiser']:.0f} minutes.",
         "- Learnt from nothing but drawings that the command makes by itself.",
         f"- Sampled with {card['sampler']}, {card['samples']} unseen captions a row; the last row is drawings through "
         "the autoencoder and back, the ceiling of what can be reached.", "",

@@ -22,7 +22,8 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 OPTIONS = ShapesOptions(
-    autoencoder_steps=4, autoencoder_batch_size=4, decoder_steps=3, drawings=64, steps=4, batch_size=8,
+    autoencoder_steps=4, autoencoder_batch_size=4, decoder_steps=3, text_steps=3, text_batch_size=8, drawings=64, steps=4,
+    batch_size=8,
     samples=8, cpu=True,
     network=MiniatureConfig(vae_widths=(8, 8, 8, 8), unet_widths=(16, 16), text_width=16, text_layers=1, heads=2),
 )  # fmt: skip
@@ -72,7 +73,7 @@ def test_latents_have_unit_scale(folder):
 
 
 def test_a_stopped_command_goes_on_to_the_same_end(folder, place, tmp_path, monkeypatch):
-    """Killed in all three trainings; equal weights to the last bit."""
+    """Killed in all four trainings; equal weights to the last bit."""
     options = replace(OPTIONS, output_dir=str(tmp_path / "again"))
     whole, steps = teach_shapes.Run._step, []
 
@@ -81,12 +82,12 @@ def test_a_stopped_command_goes_on_to_the_same_end(folder, place, tmp_path, monk
 
     def killed(run, step):
         steps.append(step)
-        if len(steps) in (3, 8, 12):
+        if len(steps) in (3, 6, 11, 15):
             raise Kill
         whole(run, step)
 
     monkeypatch.setattr(teach_shapes.Run, "_step", killed)
-    for _ in range(3):
+    for _ in range(4):
         with pytest.raises(Kill):
             teach_shapes.teach(options, place)
     assert teach_shapes.teach(options, place)
@@ -115,3 +116,30 @@ def test_teaching_and_judging_share_no_drawing():
     taught = {shapes.caption(s) for s in shapes.scenes(0, torch.arange(200))}
     unseen = {shapes.caption(s) for s in shapes.scenes(0, torch.arange(teach_shapes.UNSEEN, teach_shapes.UNSEEN + 200))}
     assert len(taught & unseen) < 20
+
+
+def test_answers_are_equal_where_captions_mean_the_same():
+    """Of two things each may come first; nothing else that a caption says can change and the answers stay."""
+    meanings: dict[tuple[int, ...], set[frozenset]] = {}
+    opposite = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
+    for scene in shapes.scenes(1, torch.arange(3000)):
+        ways = {scene}
+        if len(scene.things) == 2:
+            ways.add(shapes.Scene(scene.things[::-1], opposite[scene.where], scene.background))
+        found = {tuple(teach_shapes.answers(way)) for way in ways}
+        assert len(found) == 1
+        numbers = found.pop()
+        assert all(0 <= n < count for n, count in zip(numbers, teach_shapes.ANSWERS, strict=True))
+        meanings.setdefault(numbers, set()).add(frozenset(ways))
+    assert all(len(scenes) == 1 for scenes in meanings.values())
+
+
+def test_the_text_encoder_learns_what_captions_say(tmp_path, place):
+    """All sixteen answers about a caption at once, which chance gets right once in a thousand million."""
+    network = replace(OPTIONS.network, text_width=64, text_layers=2)
+    options = replace(OPTIONS, text_steps=150, text_batch_size=128, text_lr=3e-3, network=network)
+    count = teach_shapes.miniature.write_tokenizer(shapes.words(), network.tokens, tmp_path / "tokenizer")
+    tokenizer = stable_diffusion.tokenizer(tmp_path / "tokenizer")
+    teach_shapes._text(options, place, tokenizer, count, tmp_path / "text")
+    lines = [json.loads(line) for line in (tmp_path / "text" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["right"] > 0.2

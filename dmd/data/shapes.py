@@ -44,7 +44,7 @@ COLOURS = {
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 
-SIZES = {"small": (6.4, 7.2), "large": (10.4, 11.2)}
+SIZES = {"small": (7.4, 8.2), "large": (10.4, 11.2)}
 """Name to the range of a thing's unit in pixels: about the radius of a disc that looks as big."""
 
 PLACES = {"left": (18, 32), "right": (46, 32), "top": (32, 18), "bottom": (32, 46), "centre": (32, 32)}

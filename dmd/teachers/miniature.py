@@ -1,7 +1,7 @@
 """A miniature Stable Diffusion: the classes and the folder layout of version 1.5, at a thousandth of its size.
 
 It is for a closed world of captions, so its tokenizer knows that world's words whole (and any other text by bytes), and
-its text encoder is taught together with the UNet rather than before it.
+its text encoder is taught what they say (`Describer`) before the UNet, for which it is frozen, as CLIP's is.
 """
 
 import copy
@@ -43,10 +43,10 @@ class MiniatureConfig:
     latent_channels: int = 8
     vae_widths: tuple[int, ...] = (16, 32, 64, 64)
     unet_widths: tuple[int, ...] = (64, 112)
-    text_width: int = 96
+    text_width: int = 128
     text_layers: int = 2
     heads: int = 4
-    tokens: int = 32
+    tokens: int = 24
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -80,33 +80,13 @@ def autoencoder(config: MiniatureConfig) -> Any:
     return vae
 
 
-class CaptionedNet(nn.Module):
-    """UNet and text encoder as one network, so that one optimiser teaches both.
-
-    Args:
-        unet: diffusers' UNet2DConditionModel.
-        text: transformers' CLIPTextModel.
-        schedule: see `TimestepNet`.
-    """
-
-    def __init__(self, unet: nn.Module, text: nn.Module, schedule: DDPM):
-        super().__init__()
-        self.unet = TimestepNet(unet, schedule)
-        self.text = text
-
-    def forward(self, x_t: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
-        """x_t (B, c, h, w), t (B,), tokens (B, L) int64; the UNet's raw output."""
-        return self.unet(x_t, t, self.text(tokens)[0])
-
-
-def denoiser(config: MiniatureConfig, vocabulary: int, autocast: torch.dtype | None = None) -> NetworkDenoiser:
-    """UNet and text encoder with fresh weights from torch's global random state, conditioned on {"tokens": (B, L)}.
+def denoiser(config: MiniatureConfig, autocast: torch.dtype | None = None) -> NetworkDenoiser:
+    """A UNet with fresh weights from torch's global random state, conditioned on {"text": (B, L, text_width)}.
 
     It predicts v on Stable Diffusion's DDPM table, as version 2.1 does: at t = 1, where a student works, an error of
     the network is then one of x0, while that of a noise-predicting network is multiplied by sigma / alpha = 14.6.
     """
     from diffusers import UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
 
     levels = len(config.unet_widths)
     unet: Any = UNet2DConditionModel(
@@ -121,7 +101,19 @@ def denoiser(config: MiniatureConfig, vocabulary: int, autocast: torch.dtype | N
         attention_head_dim=config.heads,  # diffusers means their number
         norm_num_groups=8,
     )
-    text = CLIPTextModel(
+    schedule = DDPM()
+    return NetworkDenoiser(TimestepNet(unet, schedule), schedule, velocity, autocast)
+
+
+def text_encoder(config: MiniatureConfig, vocabulary: int) -> Any:
+    """transformers' CLIPTextModel with fresh weights from torch's global random state.
+
+    Args:
+        vocabulary: how many tokens there are; the last two are the marks of begin and end.
+    """
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=vocabulary,
             hidden_size=config.text_width,
@@ -135,8 +127,31 @@ def denoiser(config: MiniatureConfig, vocabulary: int, autocast: torch.dtype | N
             pad_token_id=vocabulary - 1,
         )
     )
-    schedule = DDPM()
-    return NetworkDenoiser(CaptionedNet(unet, text, schedule), schedule, velocity, autocast)
+
+
+class Describer(nn.Module):
+    """A text encoder with one linear answer to each of some questions, read from every token from the end mark on.
+
+    CLIP's encoder comes to Stable Diffusion from 400 million captioned images. This one learns what its captions say
+    from the captions alone; the UNet then finds all of it, linearly, in each of the last tokens.
+
+    Args:
+        text: transformers' CLIPTextModel.
+        answers: how many each question has.
+    """
+
+    def __init__(self, text: Any, answers: Sequence[int]):
+        super().__init__()
+        self.text = text
+        self.answers = list(answers)
+        self.head = nn.Linear(text.config.hidden_size, sum(answers))
+
+    def forward(self, tokens: Tensor) -> tuple[list[Tensor], Tensor]:
+        """tokens (B, L) int64; for each question the scores (P, answers) of the P tokens from the end mark on, and the
+        rows (P,) that those are of."""
+        row, column = (tokens == self.text.config.eos_token_id).nonzero(as_tuple=True)
+        scores = self.head(self.text(tokens)[0][row, column])
+        return list(scores.split(self.answers, dim=1)), row
 
 
 def write_tokenizer(words: Sequence[str], length: int, folder: Path) -> int:
@@ -169,22 +184,23 @@ def _byte_pairs(word: str, merges: Mapping[tuple[str, str], int]) -> list[str]:
     return parts
 
 
-def save(vae: Any, net: CaptionedNet, scale: float, folder: Path) -> None:
+def save(vae: Any, net: TimestepNet, text: Any, scale: float, folder: Path) -> None:
     """Write a pipeline folder in float16 around the tokenizer that is there already.
 
     Args:
         vae: diffusers' AutoencoderKL.
-        net: UNet and text encoder.
+        net: the UNet.
+        text: transformers' CLIPTextModel.
         scale: latents times this have unit variance.
         folder: has `tokenizer/`.
     """
     import diffusers
     from diffusers import DDIMScheduler
 
-    schedule = net.unet.schedule
+    schedule = net.schedule
     vae = copy.deepcopy(vae)
     vae.register_to_config(scaling_factor=scale)
-    networks: Mapping[str, Any] = {"vae": vae, "unet": net.unet.unet, "text_encoder": net.text}
+    networks: Mapping[str, Any] = {"vae": vae, "unet": net.unet, "text_encoder": text}
     for name, network in networks.items():
         half = nn.Module.to(copy.deepcopy(network), dtype=torch.float16)
         half.save_pretrained(folder / name, safe_serialization=True)

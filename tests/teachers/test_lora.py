@@ -6,11 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from dmd.denoiser import NetworkDenoiser
 from dmd.errors import InputError
 from dmd.teachers import lora, miniature, switches
 from dmd.teachers.miniature import MiniatureConfig
-from dmd.teachers.stable_diffusion import TimestepNet
 
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
@@ -23,11 +21,10 @@ def denoiser():
     """A UNet of random weights, conditioned on encoded text."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        whole = miniature.denoiser(SMALL, 600)
-        for parameter in whole.parameters():
+        denoiser = miniature.denoiser(SMALL)
+        for parameter in denoiser.parameters():
             parameter.data += 0.05 * torch.randn_like(parameter)
-    net = TimestepNet(whole.net.get_submodule("unet.unet"), whole.schedule)
-    return NetworkDenoiser(net, whole.schedule, whole.prediction).eval()
+    return denoiser.eval()
 
 
 @pytest.fixture

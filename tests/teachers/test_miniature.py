@@ -1,5 +1,7 @@
 """The miniature: its tokenizer knows the words of the world, and its folder is one of the stock pipeline."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from dmd.data import shapes
 from dmd.denoiser import Guided
 from dmd.solvers import ddim
 from dmd.teachers import miniature, stable_diffusion
-from dmd.teachers.miniature import MiniatureConfig
+from dmd.teachers.miniature import Describer, MiniatureConfig
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -23,11 +25,12 @@ def folder(tmp_path_factory):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         count = miniature.write_tokenizer(shapes.words(), SMALL.tokens, folder / "tokenizer")
-        net = miniature.denoiser(SMALL, count).net
+        net: Any = miniature.denoiser(SMALL).net
+        text = miniature.text_encoder(SMALL, count)
         vae = miniature.autoencoder(SMALL)
-        for parameter in (*net.parameters(), *vae.parameters()):
+        for parameter in (*net.parameters(), *text.parameters(), *vae.parameters()):
             parameter.data += 0.05 * torch.randn_like(parameter)
-    miniature.save(vae, net, 0.7, folder)
+    miniature.save(vae, net, text, 0.7, folder)
     return folder
 
 
@@ -89,14 +92,24 @@ def test_weights_are_kept_in_half_precision_within_its_rounding(folder):
         assert torch.equal(parameter, parameter.half().float())
 
 
-def test_text_and_unet_are_taught_together():
+def test_the_describer_answers_from_the_end_mark_on():
+    """Against a loop over captions and tokens."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        denoiser = miniature.denoiser(SMALL, 600)
-        tokens = torch.randint(0, 600, (2, SMALL.tokens))
-        for parameter in denoiser.parameters():
+        describer = Describer(miniature.text_encoder(SMALL, 600), [3, 2]).eval()
+        for parameter in describer.parameters():
             parameter.data += 0.05 * torch.randn_like(parameter)
-        x_t = torch.randn(2, *SMALL.shape)
-    denoiser(x_t, torch.tensor([0.2, 0.9]), {"tokens": tokens}).square().mean().backward()
-    unused = [n for n, p in denoiser.named_parameters() if p.grad is None or not p.grad.any()]
-    assert unused == []
+    begin, end = 598, 599
+    tokens = torch.full((2, SMALL.tokens), end)
+    tokens[0, :4] = torch.tensor([begin, 5, 6, 7])
+    tokens[1, :2] = torch.tensor([begin, 9])
+    scores, row = describer(tokens)
+    wanted, rows = [], []
+    for i, words in enumerate((4, 2)):
+        features = describer.text(tokens[i : i + 1])[0][0]
+        for k in range(words, SMALL.tokens):
+            wanted.append(describer.head.weight @ features[k] + describer.head.bias)
+            rows.append(i)
+    assert row.tolist() == rows
+    assert [s.shape[1] for s in scores] == [3, 2]
+    torch.testing.assert_close(torch.cat(scores, 1), torch.stack(wanted), rtol=1e-4, atol=1e-5)

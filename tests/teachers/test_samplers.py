@@ -5,6 +5,8 @@ import json
 import os
 from pathlib import Path
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -70,8 +72,9 @@ def folders(tmp_path_factory):
     for prediction in ("epsilon", "v_prediction"):
         folder = made[prediction] = tmp_path_factory.mktemp(prediction)
         words = miniature.write_tokenizer(["red", "circle"], config.tokens, folder / "tokenizer")
-        net = miniature.denoiser(config, words).net
-        miniature.save(miniature.autoencoder(config), net, 0.5, folder)
+        net: Any = miniature.denoiser(config).net
+        text = miniature.text_encoder(config, words)
+        miniature.save(miniature.autoencoder(config), net, text, 0.5, folder)
         scheduler = folder / "scheduler" / "scheduler_config.json"
         scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"prediction_type": prediction}))
     return made
