@@ -1,5 +1,6 @@
 """How the miniature Stable Diffusion that ships was made: `dmd teach shapes` draws a world of captioned shapes and
-teaches an autoencoder, a text encoder and, on the features of both, a UNet, and writes the pipeline's folder with its card.
+teaches an autoencoder, a text encoder and, on what both make of them, a UNet, and writes the pipeline's folder with its
+card.
 """
 
 import copy
@@ -19,7 +20,7 @@ from dmd.batches import TeachBatches
 from dmd.build import Workplace
 from dmd.data import shapes
 from dmd.data.images import to_float
-from dmd.data.shapes import COLOURS, PLACES, SHAPES, SIZES, Scene
+from dmd.data.shapes import Scene
 from dmd.denoiser import Cond, Guided
 from dmd.ema import Ema
 from dmd.errors import InputError
@@ -219,7 +220,7 @@ def _text(
     """A text encoder that knows what its captions say of each place, and nothing of the empty caption."""
 
     def make() -> Describer:
-        return Describer(miniature.text_encoder(options.network, vocabulary), ANSWERS)
+        return Describer(miniature.text_encoder(options.network, vocabulary), shapes.ANSWERS)
 
     describer = _seeded(options, make).to(place.device)
     ema = Ema(describer, options.ema)
@@ -231,7 +232,7 @@ def _text(
             dropped = seeding.uniform(options.seed, Stream.CONDITION_DROPOUT, step, index) < options.caption_dropout
             captions = ["" if drop else shapes.caption(s) for drop, s in zip(dropped.tolist(), scenes, strict=True)]
             tokens = tokenizer(captions, padding="max_length", max_length=options.network.tokens, return_tensors="pt")
-            right = torch.tensor([answers(s) for s in scenes]) * ~dropped[:, None]
+            right = torch.tensor([shapes.answers(s) for s in scenes]) * ~dropped[:, None]
             found.append(TextBatch(tokens.input_ids.to(place.device), right.to(place.device)))
         return found
 
@@ -239,23 +240,6 @@ def _text(
     progress = _train(folder, task, batches, options.text_steps, place, "text encoder")
     shadow: Any = ema.shadow
     return shadow.text.requires_grad_(False), progress
-
-
-PLACED = {"above": ("top", "bottom"), "below": ("bottom", "top"), "left of": ("left", "right")}
-PLACED |= {"right of": ("right", "left")}
-"""Where the two things of a relation are."""
-ANSWERS = [len(COLOURS) + 1, *[len(SHAPES) + 1, len(COLOURS) + 1, len(SIZES) + 2] * len(PLACES)]
-"""How many answers there are to each of the questions that a caption answers, see `answers`."""
-
-
-def answers(scene: Scene) -> list[int]:
-    """The background's number, and for each of `PLACES` those of shape, colour and size there; 0 is none."""
-    found = {name: [0, 0, 0] for name in PLACES}
-    at = (scene.where,) if len(scene.things) == 1 else PLACED[scene.where]
-    for place, thing in zip(at, scene.things, strict=True):
-        size = 1 + [*SIZES, None].index(thing.size)
-        found[place] = [1 + SHAPES.index(thing.shape), 1 + list(COLOURS).index(thing.colour), size]
-    return [1 + list(COLOURS).index(scene.background), *(number for numbers in found.values() for number in numbers)]
 
 
 def _denoiser(

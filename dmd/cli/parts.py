@@ -31,7 +31,7 @@ def teach(argv: Sequence[str], prog: str) -> None:
         if (done or build.teach(config, data, place, folder)) and place.main:
             print(f"teacher: {folder}")
 
-    _with_config(argv, prog, "Train the many-step teacher on real images.", work)
+    _with_config(argv, prog, "Train the many-step teacher on real images.", work, default="digits")
 
 
 def _teach_shapes(argv: Sequence[str], prog: str) -> None:
@@ -85,7 +85,7 @@ def report(argv: Sequence[str], prog: str) -> None:
 
 def _with_config(argv: Sequence[str], prog: str, description: str, work: "flags.Work", default: str = "shapes") -> None:
     def guarded() -> None:
-        command = flags.parse(argv, prog, description)
+        command = flags.parse(argv, prog, description, default)
         if command.dry_run:
             flags.show(command.config)
         else:
