@@ -425,6 +425,19 @@ PRESETS: dict[str, Config] = {
         evaluation=EvaluationOptions(eval_every=200, eval_samples=200, final_samples=400, compare_steps=50),
         run=RunOptions(output_dir="runs/shapes", checkpointing_steps=200),
     ),
+    # captioned images of 64 x 64 pixels and the teacher that `dmd teach folder` makes of them; for one GPU
+    "emoji": Config(
+        preset="emoji",
+        data=DataOptions(data=None, prompts="data/emoji/train", size=64, channels=3),
+        teacher=TeacherOptions(teacher="runs/emoji-teacher"),
+        pairs=PairOptions(pairs=50_000, solver="ddim", teacher_steps=50, guidance=3.0),
+        distill=DistillOptions(
+            max_train_steps=20_000, batch_size=128, pair_batch_size=128, learning_rate=1e-4, lr_warmup_steps=500,
+            lr_cooldown_steps=10_000, ema=0.999, lambda_reg=1.0, regression_on="latents",
+        ),
+        evaluation=EvaluationOptions(eval_every=2000, eval_samples=64, final_samples=1000),
+        run=RunOptions(output_dir="runs/emoji", mixed_precision="bf16", checkpointing_steps=2000, log_every=100),
+    ),
     # Stable Diffusion v1.5 as the paper distilled it (appendix, "aesthetic score above 6.25"): 72 A100, 36 hours
     "sd15": Config(
         preset="sd15",

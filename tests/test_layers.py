@@ -16,7 +16,7 @@ LAYERS = [
     {"solvers", "losses", "pairs", "codec"},
     {"distill", "generate", "batches", "teach", "pipeline"},
     {"teachers", "metrics", "data", "report", "plots"},  # the rim: each may be replaced
-    {"build", "chain", "evaluation", "teach_shapes"},
+    {"build", "chain", "evaluation", "teach_miniature", "teach_shapes", "teach_folder"},
     {"cli", "__main__"},
 ]
 """Modules and packages of dmd, lowest first. A module imports its own layer and lower ones, and never in a circle."""

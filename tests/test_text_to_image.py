@@ -17,6 +17,7 @@ from dmd.config import read
 from dmd.losses import squared_distance
 from dmd.pairs import Pairs
 from dmd.solvers import one_step
+from dmd.teach_miniature import MiniatureOptions
 from dmd.teach_shapes import ShapesOptions
 from dmd.teachers.miniature import MiniatureConfig
 
@@ -31,11 +32,11 @@ PROMPTS = ["a small red circle at the left on a blue background", "黒い丸", "
 def world(tmp_path_factory):
     """A teacher, and a finished run of four steps."""
     root = tmp_path_factory.mktemp("world")
-    options = ShapesOptions(
+    training = MiniatureOptions(
         output_dir=str(root / "teacher"), autoencoder_steps=1, autoencoder_batch_size=2, decoder_steps=1, text_steps=1,
-        text_batch_size=2, drawings=8, steps=1, batch_size=2, samples=2, cpu=True, network=SMALL,
+        text_batch_size=2, steps=1, batch_size=2, samples=2, cpu=True, network=SMALL,
     )  # fmt: skip
-    assert teach_shapes.teach(options, Workplace(Accelerator(cpu=True), None))
+    assert teach_shapes.teach(ShapesOptions(8, training), Workplace(Accelerator(cpu=True), None))
     (root / "prompts.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
     train.main(flags(root, root / "run"))
     return root
