@@ -24,7 +24,7 @@ from dmd.clipgen import evaluation as judging
 from dmd.clipgen import images, model, report, tokenizer, transformer, world
 from dmd.clipgen.batches import CaptionBatches, ImageBatches, TokenBatches
 from dmd.clipgen.clip import Clip, Contrasting, SmallClip, SmallClipConfig, SmallClipNet
-from dmd.clipgen.config import Config
+from dmd.clipgen.config import Config, SamplingOptions
 from dmd.clipgen.evaluation import Asked
 from dmd.clipgen.gap import Gap
 from dmd.clipgen.model import Model
@@ -133,13 +133,19 @@ class Chain:
         o = self.config.clip
         if o.clip is not None:
             return self.place.together(lambda: clips.load(str(o.clip), self.place.device)), o.clip
+        folder = self.teach_clip()
+        return clips.load(folder, self.place.device), str(folder)
+
+    def teach_clip(self) -> Path:
+        """The folder of a small CLIP, taught if it is not there yet."""
+        o = self.config.clip
         data = self.place.together(self._captioned)
         facts = asdict(o) | {"seed": self.config.run.seed, "size": self.config.data.size}
         facts |= {"data": images.digest(data.images), "captions": build.text_digest(data.captions)}
         folder = self._cached("clip", facts)
         if not (folder / clips.WEIGHTS).exists():
             self._teach_clip(data, folder)
-        return clips.load(folder, self.place.device), str(folder)
+        return folder
 
     def _teach_clip(self, data: Captioned, folder: Path) -> None:
         from dmd.teachers import miniature, stable_diffusion
@@ -177,10 +183,14 @@ class Chain:
         place, o = self.place, self.config.tokenizer
         if o.tokenizer is not None:
             return place.together(lambda: tokenizer.load(str(o.tokenizer), place.device))
+        return tokenizer.load(self.teach_tokenizer(), place.device)
+
+    def teach_tokenizer(self) -> Path:
+        """The folder of a tokenizer, taught on the images if it is not there yet."""
         folder = self._cached("tokenizer", self._tokenizer_facts())
         if not (folder / tokenizer.WEIGHTS).exists():
             self._teach_tokenizer(folder)
-        return tokenizer.load(folder, place.device)
+        return folder
 
     def _tokenizer_facts(self) -> dict[str, Any]:
         run, o = self.config.run, self.config.tokenizer
@@ -356,8 +366,8 @@ def tests(config: Config) -> list[Asked]:
     return made
 
 
-def sampler(config: Config) -> Sampler:
-    o = config.sampling
+def make_sampler(o: SamplingOptions) -> Sampler:
+    """How tokens are chosen, of a command's options."""
     return Sampler(o.temperature, o.top_k, o.top_p, o.guidance)
 
 
@@ -374,7 +384,7 @@ def conclude(config: Config, trained: Model, folder: Path, facts: dict[str, Any]
         total = 2 * o.candidates * sum(len(a.images) for a in asked)
         with log.progress(total, 0, "evaluation", True, "img") as bar:
             judged = judging.judge(
-                trained, asked, sampler(config), o.candidates, o.sample_batch_size, config.evaluation.blur,
+                trained, asked, make_sampler(o), o.candidates, o.sample_batch_size, config.evaluation.blur,
                 tick=bar.update,
             )  # fmt: skip
         rows = [x for key, x in judged.pictures.items()]

@@ -1,4 +1,4 @@
-"""CLIP: images and texts into one space. One that others have trained (transformers' format), or a small one of our own.
+"""CLIP: images and texts into one space. One that others have trained (transformers' format), or a small one of ours.
 
 Radford et al. 2021 (arXiv 2103.00020). Every path here takes images in [-1, 1] and applies the network's own mean and
 deviation itself; embeddings are float32 and of length one.

@@ -44,7 +44,7 @@ class TokenizerOptions:
     patch: int = 2
     """Pixels of a square of this side are the channels of the first layer."""
     widths: tuple[int, ...] = (32, 64, 96)
-    """Channels of each resolution, from fine to coarse; the tokens' grid has size / patch / 2^(resolutions - 1) rows."""
+    """Channels of each resolution, from fine to coarse. The tokens' grid has size / patch / 2^(count - 1) rows."""
     blocks: int = 1
     """Blocks of each resolution in the encoder; the decoder has one more."""
     groups: int = 1

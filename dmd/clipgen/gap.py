@@ -1,4 +1,4 @@
-"""The modality gap: CLIP puts images and texts into two cones, and a model that learnt from one is asked from the other.
+"""The modality gap: CLIP puts images and texts into two cones, and a model that learns from one is asked from another.
 
 Liang et al. 2022 (arXiv 2203.02053) describe it. Two remedies, alone or together: subtract each modality's mean, and
 train with noise on the embeddings as LAFITE does (Zhou et al. 2022, arXiv 2111.13792), so that what separates an image

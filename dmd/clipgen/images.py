@@ -44,6 +44,11 @@ def read(path: str | Path, size: int) -> Tensor:
     return torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2).contiguous()
 
 
+def read_one(file: Path, size: int) -> Tensor:
+    """One image file: (1, 3, size, size) uint8, fitted as by `read`. Raises InputError if it is missing or broken."""
+    return torch.from_numpy(fit(read_image(file, None), size).copy()).permute(2, 0, 1)[None]
+
+
 def _images(path: Path) -> Iterator[np.ndarray]:
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))

@@ -113,7 +113,8 @@ def save(model: Model, folder: Path, clip_source: str, figures: dict[str, object
     tokenizer.save(model.tokenizer, folder / TOKENIZER)
     source = Path(clip_source)
     if source.is_dir() and isinstance(model.clip, clips.SmallClip):
-        shutil.copytree(source, folder / CLIP, dirs_exist_ok=True, ignore=shutil.ignore_patterns("checkpoints", ".tmp-*"))
+        passing = shutil.ignore_patterns("checkpoints", "metrics.jsonl", ".tmp-*")
+        shutil.copytree(source, folder / CLIP, dirs_exist_ok=True, ignore=passing)
     means = {"image_mean": model.gap.image_mean}
     if model.gap.text_mean is not None:
         means["text_mean"] = model.gap.text_mean

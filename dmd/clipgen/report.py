@@ -43,9 +43,13 @@ through the tokenizer and back. fd_k is {{ metric }} after a blur of k pixels, {
 {% endif %}
 {% if charts %}
 <h2>Training of the transformer</h2>
-<div class="charts">{% for c in charts %}<figure><figcaption>{{ c.name }}: {{ c.first }} at step {{ c.start }}, {{ c.last
-}} at step {{ c.end }}</figcaption><svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img" aria-label="{{ c.name
-}}"><polyline points="{{ c.points }}"/></svg></figure>{% endfor %}</div>
+<div class="charts">
+{% for c in charts %}
+<figure><figcaption>{{ c.name }}: {{ c.first }} at step {{ c.start }}, {{ c.last }} at step {{ c.end }}</figcaption>
+<svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img" aria-label="{{ c.name }}">
+<polyline points="{{ c.points }}"/></svg></figure>
+{% endfor %}
+</div>
 {% endif %}
 <h2>Repeat it</h2>
 <pre>{{ command }}</pre>
@@ -56,7 +60,7 @@ CHARTS = ("loss/tokens", "right", "loss/embedding", "grad/net")
 
 
 def write(folder: Path) -> Path:
-    """Write `folder/report.html` from the other files there; returns its path. Missing files cost their section only."""
+    """Write `folder/report.html` from the other files there, and return its path. Missing files cost only their section."""
     import jinja2
 
     summary, environment = _object(folder / "summary.json"), _object(folder / "environment.json")

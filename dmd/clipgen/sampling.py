@@ -61,7 +61,9 @@ def choose(p: Tensor, uniform: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def tokens(net: ConditionalTransformer, condition: Tensor, seeds: Tensor, sampler: Sampler, candidate: int = 0) -> Tensor:
+def tokens(
+    net: ConditionalTransformer, condition: Tensor, seeds: Tensor, sampler: Sampler, candidate: int = 0
+) -> Tensor:
     """Tokens (B, length) of images for conditions (B, D) and seeds (B,) below 2^56.
 
     Args:

@@ -1,4 +1,4 @@
-"""The conditional transformer: a CLIP embedding as prefix, an image's tokens after it, each predicted from those before.
+"""The conditional transformer: a CLIP embedding as prefix, an image's tokens after it, each told from those before.
 
 Wang et al. 2022 (CLIP-GEN, arXiv 2203.00386), equations of section 3.2; the network is transformers' GPT-2 (pre-norm,
 learnt positions), fed by `inputs_embeds`.
@@ -153,7 +153,7 @@ class TokenBatch:
 
 
 Reembed = Callable[[Tensor], Tensor]
-"""Mixtures (B, length, codes) of codes, each summing to one, to the CLIP embedding of the image, (B, D); differentiable."""
+"""Mixtures (B, length, codes) of codes, each of sum one, to the CLIP embedding of the image, (B, D); differentiable."""
 
 
 def embedding_loss(logits: Tensor, embedding: Tensor, reembed: Reembed) -> Tensor:
