@@ -60,7 +60,7 @@ CHARTS = ("loss/tokens", "right", "loss/embedding", "grad/net")
 
 
 def write(folder: Path) -> Path:
-    """Write `folder/report.html` from the other files there, and return its path. Missing files cost only their section."""
+    """Write `folder/report.html` from the other files there; missing ones cost only their section. Returns its path."""
     import jinja2
 
     summary, environment = _object(folder / "summary.json"), _object(folder / "environment.json")
