@@ -72,7 +72,7 @@ class TokenizerOptions:
     """First step of the adversarial term and of its discriminator."""
     discriminator_width: int = 64
     discriminator_layers: int = 3
-    tokenizer_steps: int = 1100
+    tokenizer_steps: int = 1000
     tokenizer_batch_size: int = 32
     tokenizer_lr: float = 1e-3
 
@@ -111,19 +111,19 @@ class TransformerOptions:
     gap: GapKind = "centre+noise"
     """What is done about text embeddings lying elsewhere than image embeddings: subtract each kind's mean ("centre"),
     train with noise on the embeddings ("noise"), both, or nothing."""
-    gap_noise: float = 0.25
+    gap_noise: float = 0.4
     """Share a of the noise: normalise((1 - a) e + a n)."""
     condition_dropout: float = 0.1
     """Probability of training without the embedding, which guidance needs."""
     embedding_weight: float = 0.0
     """Weight of the distance between the embedding and that of the image which the tokens stand for; 0 leaves it out,
     as the published code does."""
-    max_train_steps: int = 1700
+    max_train_steps: int = 1600
     batch_size: int = 64
     learning_rate: float = 2e-3
     weight_decay: float = 0.05
     lr_warmup_steps: int = 100
-    lr_cooldown_steps: int = 1000
+    lr_cooldown_steps: int = 900
     ema: float = 0.995
     max_grad_norm: float = 1.0
 

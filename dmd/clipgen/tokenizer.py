@@ -228,7 +228,7 @@ class Tokenizing:
     def step(self, step: int, batches: Sequence[Tensor]) -> dict[str, Tensor]:
         """One update on micro-batches of images (B, 3, H, W). Raises `NotFinite` before a bad one."""
         adversary = self.adversary if self.adversary and step >= self.adversary.first else None
-        codes = [b.clone() for b in self.tokenizer.quantizer.buffers()]
+        codes = [b.detach().clone() for b in self.tokenizer.quantizer.buffers()]
         try:
             figures, rebuilt = self._tokenizer_gradients(step, batches, adversary)
             figures["grad/net"] = self.update(list(self.tokenizer.parameters()), self.max_norm, figures)
@@ -237,8 +237,9 @@ class Tokenizing:
                 parameters = list(adversary.net.parameters())
                 figures["grad/discriminator"] = self.update(parameters, self.max_norm, figures)
         except NotFinite:  # the codes have moved in the forward pass already
-            for buffer, before in zip(self.tokenizer.quantizer.buffers(), codes, strict=True):
-                buffer.copy_(before)
+            with torch.no_grad():
+                for buffer, before in zip(self.tokenizer.quantizer.buffers(), codes, strict=True):
+                    buffer.copy_(before)
             raise
         self.optimizer.step()
         if adversary:

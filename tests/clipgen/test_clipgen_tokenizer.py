@@ -137,7 +137,7 @@ def test_unused_codes_are_replaced(images):
         codebook.cluster_size[0, 4:] = 0.0
     before = net.use()[0].item()
     trained = task(net)
-    varied = torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    varied = torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     for step in range(20):
         figures = trained.step(step, [varied])
     assert before < 0.5 and figures["codebook/use"] >= 0.9
