@@ -189,7 +189,7 @@ def test_unused_codes_are_warned_of(tmp_path, small_clip):
     config = replace(Config(), data=replace(Config().data, data=str(tmp_path), size=16))
     config = replace(config, run=replace(config.run, cache_dir=str(tmp_path / "cache")))
     chain = Chain(config, Workplace(Accelerator(cpu=True), None), tmp_path)
-    with pytest.warns(UserWarning, match="use only 6% of the tokenizer's 16 codes: teach one with fewer --codes"):
+    with pytest.warns(UserWarning, match=r"use only \d+% of the tokenizer.s 16 codes: teach one with fewer --codes"):
         chain.tokens(little.tokenizer(), clips.load(small_clip, torch.device("cpu")))
 
 
