@@ -70,6 +70,7 @@ class Chain:
         place.share().split(config.tokenizer.tokenizer_batch_size, "--tokenizer-batch-size")
         place.share().split(config.clip.clip_batch_size, "--clip-batch-size")
         place.share().split(config.transformer.batch_size, "--batch-size")
+        self._check_files()
         self.images = self._images()
         self.inputs = {"data": images.digest(self.images)}
 
@@ -79,13 +80,16 @@ class Chain:
         environment = build.environment(self.place)
         self.place.first(lambda: checkpoint.write_json(self.folder / "environment.json", environment))
         clip, clip_source = self.clip()
+        self._check_mean(clip)
         found = self.tokenizer()
         tokens, embeddings = self.tokens(found, clip)
         use = torch.bincount(tokens.flatten().long(), minlength=found.config.codes).count_nonzero().item()
         self.inputs |= {"tokenizer": checkpoint.digest(found), "clip": clip.digest()}
         self.place.together(self._require_same_inputs)
         trained = self._transformer(found, clip, tokens, embeddings)
-        figures = {"codebook_use": use / found.config.codes, "images": len(tokens)}
+        o = self.config.transformer
+        figures = {"codebook_use": use / found.config.codes, "images": len(tokens), "updates": o.max_train_steps}
+        figures["images_seen"] = o.max_train_steps * o.batch_size
         if self.place.main:
             model.save(trained, self.folder / MODEL, clip_source, cast(dict[str, object], figures))
             print(f"model: {self.folder / MODEL}")
@@ -94,6 +98,25 @@ class Chain:
         self.place.accelerator.wait_for_everyone()
 
     # ------------------------------------------------------------------------- data
+
+    def _check_files(self) -> None:
+        """Whether what is read at the end is there at the beginning; its content is not looked at."""
+        d, e = self.config.data, self.config.evaluation
+        for flag, folder in (("--test", d.test), ("--captioned", d.captioned)):
+            if folder is not None and not (Path(folder) / "metadata.jsonl").is_file():
+                raise InputError(f"{flag} {folder} has no metadata.jsonl: give a folder of captioned images")
+        if e.centre_prompts is not None and not Path(e.centre_prompts).exists():
+            raise InputError(f"--centre-prompts {e.centre_prompts} does not exist: give a file of captions")
+
+    def _check_mean(self, clip: Clip) -> None:
+        """Raises InputError if the evaluation would lack the mean of texts, before anything is trained for it."""
+        missing = clip.text_mean is None and self.config.evaluation.centre_prompts is None
+        if missing and "centre" in self.config.transformer.gap and has_tests(self.config):
+            raise InputError(
+                f"--gap {self.config.transformer.gap} needs the mean embedding of texts, which the CLIP "
+                f"{self.config.clip.clip} does not bring along: give --centre-prompts, a file with some hundred "
+                f"captions, or --gap noise"
+            )
 
     def _images(self) -> Tensor:
         d = self.config.data
@@ -350,6 +373,11 @@ def _words(captions: Sequence[str]) -> list[str]:
 # ----------------------------------------------------------------------------- the end
 
 
+def has_tests(config: Config) -> bool:
+    """Whether there are captioned images to judge a model by."""
+    return config.data.test is not None or config.data.data == "shapes"
+
+
 def tests(config: Config) -> list[Asked]:
     """What a model is asked for at the end; none if no captioned images are given."""
     d, count = config.data, config.evaluation.final_samples
@@ -357,9 +385,9 @@ def tests(config: Config) -> list[Asked]:
         found = captioned.load(d.test, d.size)
         kept = torch.arange(min(count, len(found))) * len(found) // min(count, len(found))
         return [Asked("test", [found.captions[i] for i in kept.tolist()], found.images[kept])]
-    if d.data != "shapes":
-        return []
-    made = []
+    made: list[Asked] = []
+    if not has_tests(config):
+        return made
     for name, split in (("seen", "train"), ("held_out", "test")):
         drawn, scenes = world.drawings(config.run.seed, world.UNSEEN, count, cast(Any, split))
         made.append(Asked(name, [shapes.caption(s) for s in scenes], drawn, scenes))

@@ -154,7 +154,7 @@ class EvaluationOptions:
     blur: tuple[int, ...] = (0, 1, 2)
     """Radii k of the blurred Fréchet distances FD-k, in pixels."""
     centre_prompts: str | None = None
-    """File of captions whose mean is taken from text embeddings, for a CLIP that brings no mean along."""
+    """File or folder of captions whose mean is taken from text embeddings, for a CLIP that brings no mean along."""
 
 
 @dataclass(frozen=True)
@@ -323,7 +323,7 @@ PRESETS: dict[str, Config] = {
             learning_rate=5e-4, lr_warmup_steps=500, lr_cooldown_steps=20_000, ema=0.9995,
         ),
         sampling=SamplingOptions(candidates=4),
-        evaluation=EvaluationOptions(blur=(0, 1, 2, 4)),
+        evaluation=EvaluationOptions(blur=(0, 1, 2, 4), centre_prompts="data/emoji64/test"),
         run=RunOptions(output_dir="runs/clipgen-emoji", mixed_precision="bf16", checkpointing_steps=2000),
     ),
     # the paper's sizes: 256 x 256 pixels, 16 x 16 tokens of 16,384 codes, 24 layers of width 1,024; for several GPUs
@@ -341,7 +341,9 @@ PRESETS: dict[str, Config] = {
             learning_rate=1e-4, lr_warmup_steps=2000, lr_cooldown_steps=100_000, ema=0.9999,
         ),
         sampling=SamplingOptions(top_k=500, candidates=8),
-        evaluation=EvaluationOptions(final_samples=5000, blur=(0, 1, 2, 4, 8)),
+        evaluation=EvaluationOptions(
+            final_samples=5000, blur=(0, 1, 2, 4, 8), centre_prompts="data/coco-val",
+        ),
         run=RunOptions(output_dir="runs/clipgen-paper", mixed_precision="bf16", checkpointing_steps=5000),
     ),
 }  # fmt: skip

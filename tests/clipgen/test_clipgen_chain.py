@@ -170,6 +170,20 @@ def test_an_embedding_of_a_text_needs_a_mean_where_the_model_centres(run):
     assert centred.text_conditions(centred.clip.texts(texts)).sum(0).abs().max() < 1e-5
 
 
+def test_a_mean_that_only_the_end_needs_is_asked_for_at_the_beginning(tmp_path, small_clip):
+    class Foreign:
+        text_mean = None
+
+    (tmp_path / "metadata.jsonl").write_text("")
+    config = replace(Config(), data=replace(Config().data, images=4, test=str(tmp_path)))
+    chain = Chain(config, Workplace(Accelerator(cpu=True), None), tmp_path)
+    with pytest.raises(InputError, match=r"--gap centre\+noise needs the mean embedding of texts"):
+        chain._check_mean(Foreign())
+    chain._check_mean(clips.load(small_clip, torch.device("cpu")))
+    mended = replace(config, transformer=TransformerOptions(gap="noise"))
+    Chain(mended, Workplace(Accelerator(cpu=True), None), tmp_path)._check_mean(Foreign())
+
+
 @pytest.mark.parametrize(
     ("gap", "centred", "noise"),
     [("none", False, 0.0), ("noise", False, 0.4), ("centre", True, 0.0), ("centre+noise", True, 0.4)],
@@ -227,6 +241,7 @@ def test_of_several_candidates_the_nearest_is_kept(run):
         (["train", "--gap", "wide"], "gap"),
         (["train", "--data", "somewhere"], "a small CLIP needs captioned images"),
         (["train", "--data", "nowhere", "--clip", "y"], "nowhere does not exist"),
+        (["train", "--test", "nowhere"], "--test nowhere has no metadata.jsonl"),
         (["train", "--top-p", "0"], "--top-p is 0.0: it must be above 0"),
         (["sample", "--seeds", "x", "a red circle"], "--seeds is 'x'"),
         (["sample", "a red circle", "--model", "nowhere"], "nowhere is not a model of dmd clipgen"),

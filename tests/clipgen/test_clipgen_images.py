@@ -1,8 +1,11 @@
 """Images without captions: all layouts give the same, nothing beside them is opened, bad ones are refused."""
 
 import io
+import os
+import subprocess
 import sys
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +16,10 @@ from dmd.batches import Share
 from dmd.clipgen import images, world
 from dmd.clipgen.batches import CaptionBatches, ImageBatches, TokenBatches
 from dmd.clipgen.gap import Gap
-from dmd.data import shapes
+from dmd.data import captioned, shapes
 from dmd.errors import InputError
+
+REAL = Path(os.environ.get("DMD_TEST_DATA", "/nowhere"))
 
 
 @pytest.fixture(scope="module")
@@ -144,3 +149,14 @@ def test_no_split_shares_a_drawing():
     _, taught = world.drawings(0, 0, 300, "train")
     _, unseen = world.drawings(0, world.UNSEEN, 100, "test")
     assert not any(shapes.held_out(s) for s in taught) and all(shapes.held_out(s) for s in unseen)
+
+
+@pytest.mark.skipif(not (REAL / "unpack.py").is_file(), reason="DMD_TEST_DATA does not name a folder of real data")
+def test_real_pictures_are_read_with_and_without_their_captions(tmp_path):
+    """The layout of the emoji preset: the same pixels for those who read captions and for those who do not."""
+    command = [sys.executable, str(REAL / "unpack.py"), "emoji64", str(tmp_path), "--limit", "12"]
+    subprocess.run(command, check=True, capture_output=True)
+    for split in ("train", "test"):
+        found = captioned.load(tmp_path / split, 64)
+        assert torch.equal(images.read(tmp_path / split, 64), found.images) and len(found) == 12
+    assert images.digest(images.read(tmp_path / "train", 64)) != images.digest(images.read(tmp_path / "test", 64))
