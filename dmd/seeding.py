@@ -41,6 +41,12 @@ class Stream(enum.IntEnum):
     GUIDANCE_TIME = 19  # t of the real score's guidance, where it has its own
     CROP = 20  # which part of paired samples the regression compares
     LATENT_NOISE = 18  # of an autoencoder's posterior while it is taught
+    TOKEN = 70  # the choice of each image token while sampling
+    CODE_REPLACEMENT = 71  # what replaces an image tokenizer's dead codes, and its first codes
+    EMBEDDING_NOISE = 72  # on CLIP embeddings while a conditional transformer learns
+    TRANSFORMER_DROPOUT = 73
+    CLIP_DATA = 74  # which captioned images a small CLIP's step sees
+    SHAPES_NEIGHBOUR = 75  # which part of a scene its neighbour differs in, and how
 
 
 Streams = Stream | Sequence[Stream]

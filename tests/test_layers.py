@@ -16,7 +16,7 @@ LAYERS = [
     {"solvers", "losses", "pairs", "codec"},
     {"distill", "generate", "batches", "teach", "pipeline"},
     {"teachers", "metrics", "data", "report", "plots"},  # the rim: each may be replaced
-    {"build", "chain", "evaluation", "teach_miniature", "teach_shapes", "teach_folder"},
+    {"build", "chain", "evaluation", "teach_miniature", "teach_shapes", "teach_folder", "clipgen"},
     {"cli", "__main__"},
 ]
 """Modules and packages of dmd, lowest first. A module imports its own layer and lower ones, and never in a circle."""
@@ -32,6 +32,7 @@ HEAVY = {
     "sklearn",
     "timm",
     "peft",
+    "vector_quantize_pytorch",
 }
 """Imported inside the function that uses them, so that commands which do without start fast and need no extras."""
 
@@ -124,6 +125,10 @@ ALLOWED = {
     "pairs": {"checkpoint", "seeding", "errors"},
     "report": {"config", "log", "errors", "plots"},
     "plots": set(),
+    "clipgen": {
+        "batches", "build", "checkpoint", "config", "data", "ema", "errors", "evaluation", "log", "metrics", "plots",
+        "run", "seeding", "teachers",
+    },
 }
 """Contracts that are narrower than the layers."""
 

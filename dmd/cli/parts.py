@@ -1,5 +1,6 @@
 """`dmd teach`, `dmd pairs` and `dmd report`: the links of the chain that people also want alone."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,15 +93,25 @@ class ReportOptions:
 
 def report(argv: Sequence[str], prog: str) -> None:
     def work() -> None:
-        from dmd import report
-
         options = flags.read(ReportOptions, argv, prog)
         folder = Path(options.run)
         if not (folder / "config.json").exists():
             raise InputError(f"{folder} is not a run directory: it has no config.json")
-        print(report.write(folder))
+        print(_writer(folder)(folder))
 
     flags.guarded(work)
+
+
+def _writer(folder: Path) -> Callable[[Path], Path]:
+    """What writes the report of a run of this kind."""
+    from dmd import report
+    from dmd.clipgen import report as clipgen_report
+
+    try:
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return report.write
+    return clipgen_report.write if isinstance(raw, dict) and "transformer" in raw else report.write
 
 
 def _with_config(argv: Sequence[str], prog: str, description: str, work: "flags.Work", default: str = "shapes") -> None:

@@ -105,7 +105,7 @@ def sample(options: SampleOptions) -> None:
     from dmd.pipeline import Pipeline
     from dmd.solvers import ddim, heun
 
-    device = _device(options.device)
+    device = find_device(options.device)
     autocast = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[options.precision]
     student = teachers.load(options.student, device, autocast)
     codec = student.codec if options.decoder == "full" else teachers.tiny_codec(options.decoder, device)
@@ -141,7 +141,7 @@ def sample(options: SampleOptions) -> None:
         prefix = "" if len(runs) == 1 else f"{name}-"
         for image, (n, s) in zip(x, [(n, s) for n in range(len(prompts)) for s in seeds], strict=True):
             path = out / f"{prefix}{n:03d}-{slug(prompts[n])}-seed-{s}.png"
-            _save_png(image, path, facts | {"prompt": prompts[n], "seed": str(s)})
+            save_png(image, path, facts | {"prompt": prompts[n], "seed": str(s)})
         rows.append(x.unflatten(0, (len(prompts), len(seeds))))
         print(f"{name}: {len(x)} images in {out}, {rate:.3g} images per second on {device.type}")
     if options.grid:
@@ -209,7 +209,7 @@ def _read_prompts(path: str | None) -> list[str]:
     return prompts.read(path).texts
 
 
-def _device(name: str) -> Any:
+def find_device(name: str) -> Any:
     import torch
 
     if name == "auto":
@@ -222,7 +222,7 @@ def _device(name: str) -> Any:
     return device
 
 
-def _save_png(image: Any, path: Path, facts: dict[str, str]) -> None:
+def save_png(image: Any, path: Path, facts: dict[str, str]) -> None:
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 

@@ -1,0 +1,446 @@
+"""CLIP-GEN from end to end: CLIP, tokenizer, tokens, transformer, evaluation, report. Each stage resumes by itself.
+
+What several runs can share (a small CLIP, a tokenizer, tokens) is kept in the cache, named by what determines it.
+"""
+
+import json
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from dmd import build, checkpoint, evaluation, log
+from dmd.build import Workplace
+from dmd.clipgen import clip as clips
+from dmd.clipgen import config as options
+from dmd.clipgen import evaluation as judging
+from dmd.clipgen import images, model, report, tokenizer, transformer, world
+from dmd.clipgen.batches import CaptionBatches, ImageBatches, TokenBatches
+from dmd.clipgen.clip import Clip, Contrasting, SmallClip, SmallClipConfig, SmallClipNet
+from dmd.clipgen.config import Config, SamplingOptions
+from dmd.clipgen.evaluation import Asked
+from dmd.clipgen.gap import Gap
+from dmd.clipgen.model import Model
+from dmd.clipgen.networks import ConvSizes, PatchDiscriminator
+from dmd.clipgen.sampling import Sampler
+from dmd.clipgen.tokenizer import Adversary, Distance, Tokenizer, TokenizerConfig, Tokenizing
+from dmd.clipgen.transformer import ConditionalTransformer, Modelling, Reembed, TransformerConfig
+from dmd.data import captioned, shapes
+from dmd.data.captioned import Captioned
+from dmd.data.images import to_float
+from dmd.ema import Ema
+from dmd.errors import InputError
+from dmd.run import Cadence, Progress, Run, Task, clip_and_check
+
+INPUTS, MODEL, SUMMARY = "inputs.json", "model", "summary.json"
+BETAS = (0.9, 0.95)  # of AdamW
+FEW_CODES = 0.5
+"""A tokenizer that uses a smaller part of its codes gets a warning."""
+WORDS = 4000  # of captions that a small CLIP knows whole; it reads others by letters
+
+
+class Stopped(Exception):
+    """A stage was told to stop; all is saved."""
+
+
+class Chain:
+    """Runs a config in a directory. All that the user gives is read here, before anything is written.
+
+    Args:
+        config: what to do.
+        place: processes and device.
+        folder: run directory.
+
+    Raises:
+        InputError: images or given networks are not what they should be.
+    """
+
+    def __init__(self, config: Config, place: Workplace, folder: Path):
+        self.config = config
+        self.place = place
+        self.folder = folder
+        self.seconds: dict[str, float] = {}
+        place.share().split(config.tokenizer.tokenizer_batch_size, "--tokenizer-batch-size")
+        place.share().split(config.clip.clip_batch_size, "--clip-batch-size")
+        place.share().split(config.transformer.batch_size, "--batch-size")
+        self._check_files()
+        self.images = self._images()
+        self.inputs = {"data": images.digest(self.images)}
+
+    def run(self) -> None:
+        """All stages that are not done yet. Raises `Stopped` if one was told to stop."""
+        started = time.monotonic()
+        environment = build.environment(self.place)
+        self.place.first(lambda: checkpoint.write_json(self.folder / "environment.json", environment))
+        clip, clip_source = self.clip()
+        self._check_mean(clip)
+        found = self.tokenizer()
+        tokens, embeddings = self.tokens(found, clip)
+        use = torch.bincount(tokens.flatten().long(), minlength=found.config.codes).count_nonzero().item()
+        self.inputs |= {"tokenizer": checkpoint.digest(found), "clip": clip.digest()}
+        self.place.together(self._require_same_inputs)
+        trained = self._transformer(found, clip, tokens, embeddings)
+        o = self.config.transformer
+        figures = {"codebook_use": use / found.config.codes, "images": len(tokens), "updates": o.max_train_steps}
+        figures["images_seen"] = o.max_train_steps * o.batch_size
+        if self.place.main:
+            model.save(trained, self.folder / MODEL, clip_source, cast(dict[str, object], figures))
+            print(f"model: {self.folder / MODEL}")
+            summary = figures | {"seconds": self.seconds, "wall_seconds": time.monotonic() - started}
+            conclude(self.config, trained, self.folder, summary)
+        self.place.accelerator.wait_for_everyone()
+
+    # ------------------------------------------------------------------------- data
+
+    def _check_files(self) -> None:
+        """Whether what is read at the end is there at the beginning; its content is not looked at."""
+        d, e = self.config.data, self.config.evaluation
+        for flag, folder in (("--test", d.test), ("--captioned", d.captioned)):
+            if folder is not None and not (Path(folder) / "metadata.jsonl").is_file():
+                raise InputError(f"{flag} {folder} has no metadata.jsonl: give a folder of captioned images")
+        if e.centre_prompts is not None and not Path(e.centre_prompts).exists():
+            raise InputError(f"--centre-prompts {e.centre_prompts} does not exist: give a file of captions")
+
+    def _check_mean(self, clip: Clip) -> None:
+        """Raises InputError if the evaluation would lack the mean of texts, before anything is trained for it."""
+        missing = clip.text_mean is None and self.config.evaluation.centre_prompts is None
+        if missing and "centre" in self.config.transformer.gap and has_tests(self.config):
+            raise InputError(
+                f"--gap {self.config.transformer.gap} needs the mean embedding of texts, which the CLIP "
+                f"{self.config.clip.clip} does not bring along: give --centre-prompts, a file with some hundred "
+                f"captions, or --gap noise"
+            )
+
+    def _images(self) -> Tensor:
+        d = self.config.data
+        if d.data == "shapes":
+            return world.drawings(self.config.run.seed, 0, d.images, "train")[0]
+        return images.read(d.data, d.size)
+
+    def _captioned(self) -> Captioned:
+        """What a small CLIP learns from: the only place where training reads captions."""
+        d = self.config.data
+        if d.captioned is not None:
+            return captioned.load(d.captioned, d.size)
+        return world.captioned(self.config.run.seed, self.config.clip.clip_images)
+
+    def _require_same_inputs(self) -> None:
+        """Raises InputError if the run directory was made with other images or networks; else notes these."""
+        path = self.folder / INPUTS
+        try:
+            known = json.loads(path.read_text())
+        except (OSError, ValueError):
+            known = {}
+        for name, digest in self.inputs.items():
+            if known.get(name, digest) != digest:
+                raise InputError(
+                    f"{self.folder} holds a run with another --{name}: give that one, another --output-dir, or start "
+                    f"over with --fresh"
+                )
+        self.place.first(lambda: checkpoint.write_json(path, self.inputs))
+
+    def _cached(self, kind: str, facts: dict[str, Any]) -> Path:
+        return Path(self.config.run.cache_dir) / "clipgen" / kind / build.short_hash(facts)
+
+    # ------------------------------------------------------------------------- stages
+
+    def clip(self) -> tuple[Clip, str]:
+        """A given CLIP, or a small one, taught if it is not there yet; and where it is."""
+        o = self.config.clip
+        if o.clip is not None:
+            return self.place.together(lambda: clips.load(str(o.clip), self.place.device)), o.clip
+        folder = self.teach_clip()
+        return clips.load(folder, self.place.device), str(folder)
+
+    def teach_clip(self) -> Path:
+        """The folder of a small CLIP, taught if it is not there yet."""
+        o = self.config.clip
+        data = self.place.together(self._captioned)
+        facts = asdict(o) | {"seed": self.config.run.seed, "size": self.config.data.size}
+        facts |= {"data": images.digest(data.images), "captions": build.text_digest(data.captions)}
+        folder = self._cached("clip", facts)
+        if not (folder / clips.WEIGHTS).exists():
+            self._teach_clip(data, folder)
+        return folder
+
+    def _teach_clip(self, data: Captioned, folder: Path) -> None:
+        from dmd.teachers import miniature, stable_diffusion
+
+        o, place = self.config.clip, self.place
+        drawn = self.config.data.captioned is None
+        words = shapes.words() if drawn else _words(data.captions)
+        count = miniature.write_tokenizer(words, o.clip_tokens, folder / clips.WORDS)
+        sizes = ConvSizes(o.clip_patch, o.clip_widths, o.clip_blocks)
+        facts = SmallClipConfig(
+            self.config.data.size, sizes, o.clip_text_width, o.clip_text_layers, o.clip_tokens, count, o.clip_width
+        )
+        net = self._fresh(lambda: SmallClipNet(facts))
+        small = SmallClip(net, stable_diffusion.tokenizer(folder / clips.WORDS))
+        tokens = torch.cat([small.tokens(data.captions[i : i + 500]).cpu() for i in range(0, len(data), 500)])
+        numbers = {text: i for i, text in enumerate(dict.fromkeys(data.captions))}
+        caption = torch.tensor([numbers[text] for text in data.captions])
+        seed, share = self.config.run.seed, place.share()
+        batches = CaptionBatches(seed, data.images, tokens, caption, 2 if drawn else 1, o.clip_batch_size, share)
+        ema = Ema(net, 0.99)
+        task = Contrasting(net, build.adam(net, o.clip_lr, BETAS, 0.05), ema, 1.0, clip_and_check)
+        cadence = _short(o.clip_steps)
+        self._train(folder, task, batches, cadence, "clip")
+        taught: Any = ema.shadow
+
+        def finish() -> None:
+            small = SmallClip(taught, stable_diffusion.tokenizer(folder / clips.WORDS))
+            taught.text_mean.copy_(model.embed_texts(small, data.captions).mean(0))
+            clips.save(taught, folder)
+
+        place.first(finish)
+
+    def tokenizer(self) -> Tokenizer:
+        """A given tokenizer, or one taught on the images if it is not there yet."""
+        place, o = self.place, self.config.tokenizer
+        if o.tokenizer is not None:
+            return place.together(lambda: tokenizer.load(str(o.tokenizer), place.device))
+        return tokenizer.load(self.teach_tokenizer(), place.device)
+
+    def teach_tokenizer(self) -> Path:
+        """The folder of a tokenizer, taught on the images if it is not there yet."""
+        folder = self._cached("tokenizer", self._tokenizer_facts())
+        if not (folder / tokenizer.WEIGHTS).exists():
+            self._teach_tokenizer(folder)
+        return folder
+
+    def _tokenizer_facts(self) -> dict[str, Any]:
+        run, o = self.config.run, self.config.tokenizer
+        facts = asdict(o) | {"seed": run.seed, "precision": run.mixed_precision, "size": self.config.data.size}
+        return facts | {"data": self.inputs["data"], "lpips_weights": build.file_digest(o.lpips_weights)}
+
+    def _teach_tokenizer(self, folder: Path) -> None:
+        o, place = self.config.tokenizer, self.place
+        distance = self._distance()
+        net = self._fresh(lambda: Tokenizer(tokenizer_config(self.config)))
+        adversary = self._adversary()
+        task = Tokenizing(
+            net, build.adam(net, o.tokenizer_lr, BETAS, 0.0), distance, o.perceptual_weight, adversary, 1.0,
+            clip_and_check, self.config.run.seed, place.accelerator.process_index, place.autocast,
+        )  # fmt: skip
+        batches = ImageBatches(self.config.run.seed, self.images, o.tokenizer_batch_size, place.share())
+        self._train(folder, task, batches, _short(o.tokenizer_steps), "tokenizer")
+        place.first(lambda: tokenizer.save(net, folder))
+
+    def _distance(self) -> Distance:
+        o = self.config.tokenizer
+        if o.perceptual == "l2":
+            return lambda a, b: (a - b).square().flatten(1).mean(1)
+        from dmd.metrics.perceptual import lpips_distance
+
+        weights = Path(o.lpips_weights) if o.lpips_weights else None
+        backbone: Any = o.perceptual.removeprefix("lpips-")
+        return lpips_distance(backbone, weights, self.config.data.size, self.place.device)
+
+    def _adversary(self) -> Adversary | None:
+        o = self.config.tokenizer
+        if o.adversarial == 0.0:
+            return None
+        net = self._fresh(lambda: PatchDiscriminator(o.discriminator_width, o.discriminator_layers))
+        return Adversary(net, build.adam(net, o.tokenizer_lr, BETAS, 0.0), o.adversarial, o.adversarial_from)
+
+    @torch.no_grad()
+    def tokens(self, found: Tokenizer, clip: Clip) -> tuple[Tensor, Tensor]:
+        """Tokens (N, length) and embeddings (N, D) of all images, made once.
+
+        Raises:
+            InputError: the tokenizer is for images of another size.
+        """
+        size = self.config.data.size
+        if found.config.size != size:
+            raise InputError(
+                f"the tokenizer is for images of {found.config.size} pixels, but --size is {size}: give that size, or "
+                f"another tokenizer"
+            )
+        facts = {"data": self.inputs["data"], "tokenizer": checkpoint.digest(found), "clip": clip.digest()}
+        path = self._cached("tokens", facts).with_suffix(".safetensors")
+
+        def make() -> None:
+            tokens, embeddings = [], []
+            with log.progress(len(self.images), 0, "tokens", True, "img") as bar:
+                for x in self.images.split(100):
+                    pixels = to_float(x.to(self.place.device))
+                    tokens.append(found.encode(pixels).to(torch.int32).cpu())
+                    embeddings.append(clip.images(pixels).cpu())
+                    bar.update(len(x))
+            checkpoint.save_tensors({"tokens": torch.cat(tokens), "embeddings": torch.cat(embeddings)}, path)
+
+        if not path.exists():
+            self.place.first(make)
+        self.place.accelerator.wait_for_everyone()
+        held = load_file(path)
+        used = held["tokens"].unique().numel() / found.config.codes
+        if used < FEW_CODES and self.place.main:
+            warnings.warn(
+                f"the images use only {used:.0%} of the tokenizer's {found.config.codes:,} codes: teach one with fewer "
+                f"--codes, a larger --tokenizer-batch-size, or a higher --dead-below",
+                stacklevel=2,
+            )
+        return held["tokens"], held["embeddings"]
+
+    def _transformer(self, found: Tokenizer, clip: Clip, tokens: Tensor, embeddings: Tensor) -> Model:
+        o, run, place = self.config.transformer, self.config.run, self.place
+        gap = make_gap(self.config, embeddings, clip)
+        sizes = TransformerConfig(
+            found.config.codes, found.config.length, clip.width, o.layers, o.width, o.heads, o.dropout
+        )
+        net = self._fresh(lambda: ConditionalTransformer(sizes))
+        ema = Ema(net, o.ema)
+        task = Modelling(
+            net, transformer.optimizer(net, o.learning_rate, o.weight_decay), ema, o.embedding_weight,
+            reembedding(found, clip), o.max_grad_norm, clip_and_check, run.seed, place.accelerator.process_index,
+            place.autocast,
+        )  # fmt: skip
+        batches = TokenBatches(run.seed, tokens, embeddings, gap, o.batch_size, place.share(), o.condition_dropout)
+        cadence = Cadence(
+            o.max_train_steps, run.log_every, run.checkpointing_steps, 0, run.checkpoints_total_limit,
+            o.lr_warmup_steps, o.lr_cooldown_steps,
+        )  # fmt: skip
+        sinks = build.sinks(cast(Any, self.config), self.folder)
+        self._train(self.folder, task, batches, cadence, "transformer", sinks)
+        average: Any = ema.shadow
+        return Model(average, found, clip, gap.to(place.device))
+
+    # ------------------------------------------------------------------------- training
+
+    def _fresh(self, make: Callable[[], nn.Module]) -> Any:
+        """A network whose first weights are a function of the seed."""
+        with torch.random.fork_rng(devices=[]):
+            torch.random.default_generator.manual_seed(self.config.run.seed % 2**32)
+            return make().to(self.place.device)
+
+    def _train(
+        self, folder: Path, task: Task, batches: Callable[[int], Any], cadence: Cadence, title: str,
+        sinks: Callable[[int], Sequence[log.Sink]] | None = None,
+    ) -> Progress:  # fmt: skip
+        """Run a stage to its end. Raises `Stopped` if it was told to stop before."""
+        plain = lambda step: [log.JsonLines(folder / "metrics.jsonl", step)]  # noqa: E731
+        run = Run(folder, task, batches, cadence, self.place.accelerator, title=title, sinks=sinks or plain)
+        progress = run.train()
+        self.seconds[title] = progress.seconds
+        if progress.step < cadence.steps:
+            raise Stopped(f"stopped after step {progress.step} of the {title}; the same command goes on")
+        return progress
+
+
+def tokenizer_config(config: Config) -> TokenizerConfig:
+    """What a config's tokenizer is made of."""
+    o = config.tokenizer
+    sizes = ConvSizes(o.patch, o.widths, o.blocks, o.groups, o.attention)
+    alike = o.tokenizer_batch_size * options.grid(config) ** 2 / o.codes
+    return TokenizerConfig(
+        config.data.size, sizes, o.codes, o.code_width, o.commitment, o.code_decay, o.dead_below * alike
+    )
+
+
+def make_gap(config: Config, embeddings: Tensor, clip: Clip) -> Gap:
+    """What is done about the modality gap, from the embeddings (N, D) of the images that are learnt from."""
+    o = config.transformer
+    noise = o.gap_noise if "noise" in o.gap else 0.0
+    if "centre" in o.gap:
+        text = None if clip.text_mean is None else clip.text_mean.cpu()
+        return Gap(embeddings.float().mean(0), text, noise)
+    zero = torch.zeros(embeddings.shape[1])
+    return Gap(zero, zero, noise)
+
+
+def reembedding(found: Tokenizer, clip: Clip) -> Reembed:
+    """Mixtures of codes to CLIP's embedding of the image that they stand for."""
+    return lambda mixture: clip.images(found.draw(mixture.float() @ found.codebook).clamp(-1.0, 1.0))
+
+
+def _short(steps: int) -> Cadence:
+    return Cadence(steps, 50, max(steps // 10, 1), keep=1, warmup=min(100, steps // 10), cooldown=steps // 2)
+
+
+def _words(captions: Sequence[str]) -> list[str]:
+    """The most frequent words of captions, in alphabetical order."""
+    counts = Counter(word for text in captions for word in text.lower().split() if word.isascii())
+    return sorted(word for word, _ in counts.most_common(WORDS))
+
+
+# ----------------------------------------------------------------------------- the end
+
+
+def has_tests(config: Config) -> bool:
+    """Whether there are captioned images to judge a model by."""
+    return config.data.test is not None or config.data.data == "shapes"
+
+
+def tests(config: Config) -> list[Asked]:
+    """What a model is asked for at the end; none if no captioned images are given."""
+    d, count = config.data, config.evaluation.final_samples
+    if d.test is not None:
+        found = captioned.load(d.test, d.size)
+        kept = torch.arange(min(count, len(found))) * len(found) // min(count, len(found))
+        return [Asked("test", [found.captions[i] for i in kept.tolist()], found.images[kept])]
+    made: list[Asked] = []
+    if not has_tests(config):
+        return made
+    for name, split in (("seen", "train"), ("held_out", "test")):
+        drawn, scenes = world.drawings(config.run.seed, world.UNSEEN, count, cast(Any, split))
+        made.append(Asked(name, [shapes.caption(s) for s in scenes], drawn, scenes))
+    return made
+
+
+def make_sampler(o: SamplingOptions) -> Sampler:
+    """How tokens are chosen, of a command's options."""
+    return Sampler(o.temperature, o.top_k, o.top_p, o.guidance)
+
+
+def conclude(config: Config, trained: Model, folder: Path, facts: dict[str, Any]) -> None:
+    """Judge a model, and write summary.json, samples/final.png and report.html.
+
+    `facts` go into the summary, which also keeps what an earlier one has of them.
+    """
+    asked = tests(config)
+    summary: dict[str, Any] = {"preset": config.preset} | _summary(folder) | facts
+    if asked:
+        trained = with_texts(config, trained)
+        o = config.sampling
+        total = 2 * o.candidates * sum(len(a.images) for a in asked)
+        with log.progress(total, 0, "evaluation", True, "img") as bar:
+            judged = judging.judge(
+                trained, asked, make_sampler(o), o.candidates, o.sample_batch_size, config.evaluation.blur,
+                tick=bar.update,
+            )  # fmt: skip
+        rows = [x for key, x in judged.pictures.items()]
+        scale = max(1, 64 // config.data.size)
+        evaluation.save_grid(rows, folder / "samples" / "final.png", scale, list(judged.pictures))
+        summary |= judging.headline(judged.figures)
+        summary |= {
+            "metric": f"FD-{trained.clip.name}", "figures": judged.figures, "gap_handling": config.transformer.gap,
+            "images_per_second": judged.images_per_second, "samples": min(len(a.images) for a in asked),
+            "captions": list(asked[0].captions[:8]), "sampling": asdict(o),
+        }  # fmt: skip
+    checkpoint.write_json(folder / SUMMARY, summary)
+    print(f"report: {report.write(folder)}")
+
+
+def with_texts(config: Config, trained: Model) -> Model:
+    """The model with the mean of the given captions' embeddings, if such are given."""
+    path = config.evaluation.centre_prompts
+    if path is None:
+        return trained
+    from dmd.data import prompts
+
+    return trained.with_texts(prompts.read(path).texts)
+
+
+def _summary(folder: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((folder / SUMMARY).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

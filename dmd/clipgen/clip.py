@@ -1,0 +1,353 @@
+"""CLIP: images and texts into one space. One that others have trained (transformers' format), or a small one of ours.
+
+Radford et al. 2021 (arXiv 2103.00020). Every path here takes images in [-1, 1] and applies the network's own mean and
+deviation itself; embeddings are float32 and of length one.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dmd import checkpoint
+from dmd.clipgen.networks import ConvSizes, Encoder, sizes_from
+from dmd.clipgen.tokenizer import Update
+from dmd.ema import Ema
+from dmd.errors import InputError
+
+CONFIG, WEIGHTS, WORDS = "config.json", "model.safetensors", "tokenizer"
+KIND = "dmd-small-clip"
+OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+MAX_LOGIT_SCALE = 4.6052  # ln 100
+SQUEEZED = 16  # channels of each place of the grid before all places are joined
+
+
+class Clip(Protocol):
+    """An encoder of images and texts.
+
+    Attributes:
+        name: what distances on its features are called after.
+        width: D, numbers in an embedding.
+        text_mean: (D,), mean embedding of the texts that it was taught on, None where that is not known.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def text_mean(self) -> Tensor | None: ...
+
+    def images(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] to embeddings (B, D); differentiable."""
+
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """Texts to embeddings (B, D). Longer ones than the network reads are cut."""
+
+    def digest(self) -> str:
+        """SHA-256 of all weights."""
+
+
+class PretrainedClip:
+    """transformers' CLIPModel.
+
+    Args:
+        model: frozen, on its device.
+        tokenizer: its CLIPTokenizer.
+        mean, std: per channel, of images in [0, 1].
+    """
+
+    text_mean = None
+
+    def __init__(self, model: Any, tokenizer: Any, mean: Sequence[float], std: Sequence[float], name: str):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.name = name
+        self.width = int(model.config.projection_dim)
+        self._mean = torch.tensor(tuple(mean), device=model.device).reshape(-1, 1, 1)
+        self._std = torch.tensor(tuple(std), device=model.device).reshape(-1, 1, 1)
+
+    def images(self, images: Tensor) -> Tensor:
+        size = self.model.config.vision_config.image_size
+        x = (images.float() + 1.0) / 2.0
+        if tuple(x.shape[-2:]) != (size, size):
+            x = F.interpolate(x, (size, size), mode="bicubic", antialias=True).clamp(0.0, 1.0)
+        pooled = self.model.vision_model(pixel_values=((x - self._mean) / self._std).to(self.model.dtype))[1]
+        return F.normalize(self.model.visual_projection(pooled).float(), dim=-1)
+
+    @torch.no_grad()
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        length = self.model.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(
+            list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        )
+        pooled = self.model.text_model(input_ids=tokens.input_ids.to(self.model.device))[1]
+        return F.normalize(self.model.text_projection(pooled).float(), dim=-1)
+
+    def digest(self) -> str:
+        return checkpoint.digest(self.model)
+
+
+# ----------------------------------------------------------------------------- a small one
+
+
+@dataclass(frozen=True)
+class SmallClipConfig:
+    """What a small CLIP is made of.
+
+    Attributes:
+        size: height and width of its images.
+        sizes: of the convolutional image encoder.
+        text_width, text_layers: of the text encoder, which has 4 heads.
+        tokens: length of every encoded text.
+        vocabulary: how many tokens there are; the last two are the marks of begin and end.
+        width: numbers in an embedding.
+    """
+
+    size: int
+    sizes: ConvSizes
+    text_width: int
+    text_layers: int
+    tokens: int
+    vocabulary: int
+    width: int
+
+
+class SmallClipNet(nn.Module):
+    """A convolutional image encoder and transformers' CLIP text encoder; fresh weights from torch's global state.
+
+    Convolutions rather than a vision transformer, which needs many more images to learn what an edge is. All places of
+    the grid enter the embedding by weights of their own, so that it knows where things are.
+    """
+
+    text_mean: Tensor
+
+    def __init__(self, config: SmallClipConfig):
+        super().__init__()
+        from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+        self.config = config
+        channels, grid = config.sizes.widths[-1], config.size // config.sizes.reduction
+        self.vision = nn.Sequential(
+            Encoder(config.sizes),
+            nn.Conv2d(channels, SQUEEZED, 1),
+            nn.Flatten(),
+            nn.Linear(SQUEEZED * grid**2, config.width),
+        )
+        self.text: Any = CLIPTextModelWithProjection(
+            CLIPTextConfig(
+                vocab_size=config.vocabulary,
+                hidden_size=config.text_width,
+                intermediate_size=4 * config.text_width,
+                projection_dim=config.width,
+                num_hidden_layers=config.text_layers,
+                num_attention_heads=4,
+                max_position_embeddings=config.tokens,
+                bos_token_id=config.vocabulary - 2,
+                eos_token_id=config.vocabulary - 1,
+                pad_token_id=config.vocabulary - 1,
+            )
+        )
+        self.logit_scale = nn.Parameter(torch.tensor(2.6592))  # ln(1 / 0.07)
+        self.register_buffer("text_mean", torch.zeros(config.width))
+
+    def of_images(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] to embeddings (B, width) of length one."""
+        return F.normalize(self.vision(images).float(), dim=-1)
+
+    def of_tokens(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, L) to embeddings (B, width) of length one."""
+        return F.normalize(self.text(input_ids=tokens).text_embeds.float(), dim=-1)
+
+
+class SmallClip:
+    """`SmallClipNet` with its words: a `Clip`.
+
+    Args:
+        net: on its device.
+        tokenizer: transformers' CLIPTokenizer.
+    """
+
+    name = "SmallCLIP"
+
+    def __init__(self, net: SmallClipNet, tokenizer: Any):
+        self.net = net
+        self.tokenizer = tokenizer
+        self.width = net.config.width
+
+    @property
+    def text_mean(self) -> Tensor:
+        return self.net.text_mean
+
+    def images(self, images: Tensor) -> Tensor:
+        size = self.net.config.size
+        x = images.float()
+        if tuple(x.shape[-2:]) != (size, size):
+            x = F.interpolate(x, (size, size), mode="bicubic", antialias=True).clamp(-1.0, 1.0)
+        return self.net.of_images(x)
+
+    def tokens(self, texts: Sequence[str]) -> Tensor:
+        """Texts to (B, L) int64 on the network's device."""
+        length = self.net.config.tokens
+        found = self.tokenizer(
+            list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        )
+        return found.input_ids.to(self.net.logit_scale.device)
+
+    @torch.no_grad()
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        return self.net.of_tokens(self.tokens(texts))
+
+    def digest(self) -> str:
+        return checkpoint.digest(self.net)
+
+
+def save(net: SmallClipNet, folder: Path) -> None:
+    """Write a small CLIP's folder around the tokenizer that is there already; the weights come last."""
+    checkpoint.write_json(folder / CONFIG, {"kind": KIND} | asdict(net.config))
+    checkpoint.save_weights(net, folder / WEIGHTS)
+
+
+def load(source: str | Path, device: torch.device) -> Clip:
+    """A frozen CLIP: the folder of a small one, or a folder or hub id in transformers' format.
+
+    Only safetensors are read, and no code but that of transformers runs.
+
+    Raises:
+        InputError: there is none, it cannot be had, or it is damaged.
+    """
+    if Path(source).is_dir() and _is_small(Path(source)):
+        return _load_small(Path(source), device)
+    return _load_pretrained(str(source), device)
+
+
+def _is_small(folder: Path) -> bool:
+    try:
+        raw = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(raw, dict) and raw.get("kind") == KIND
+
+
+def _load_small(folder: Path, device: torch.device) -> SmallClip:
+    from dmd.teachers import stable_diffusion
+
+    raw = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    try:
+        del raw["kind"]
+        net = SmallClipNet(SmallClipConfig(**raw | {"sizes": sizes_from(raw["sizes"])}))
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise InputError(f"{folder / CONFIG} does not describe a small CLIP: teach it again ({error})") from None
+    checkpoint.load_weights(net, folder / WEIGHTS)
+    words = stable_diffusion.tokenizer(folder / WORDS)
+    return SmallClip(net.to(device).eval().requires_grad_(False), words)
+
+
+def _load_pretrained(source: str, device: torch.device) -> PretrainedClip:
+    from transformers import CLIPModel, CLIPTokenizer
+
+    try:
+        model, info = CLIPModel.from_pretrained(source, use_safetensors=True, output_loading_info=True)
+        tokenizer = CLIPTokenizer.from_pretrained(source)
+    except Exception as error:  # transformers raises whatever its readers raise
+        reason = str(error).split("\n")[0].strip()
+        raise InputError(
+            f"{source} cannot be loaded as a CLIP ({reason}): give a folder or hub id of transformers' CLIPModel with "
+            f"safetensors, or the folder of a small CLIP"
+        ) from None
+    if info["missing_keys"]:
+        raise InputError(f"{source} is no CLIP: it lacks the weights of {sorted(info['missing_keys'])[0]}")
+    mean, std = _normalisation(source)
+    frozen = model.to(device).eval().requires_grad_(False)
+    return PretrainedClip(frozen, tokenizer, mean, std, f"CLIP-{Path(source).name}")
+
+
+def _normalisation(source: str) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and deviation of the images that a network was trained on; OpenAI's where its folder says nothing."""
+    from transformers.utils import cached_file
+
+    try:
+        path = cached_file(source, "preprocessor_config.json")
+        raw = json.loads(Path(str(path)).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return OPENAI_MEAN, OPENAI_STD
+    return raw.get("image_mean", OPENAI_MEAN), raw.get("image_std", OPENAI_STD)
+
+
+# ----------------------------------------------------------------------------- training
+
+
+def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor, same: Tensor) -> Tensor:
+    """CLIP's symmetric cross-entropy; of several texts that say the same, each has an equal share.
+
+    Args:
+        image, text: embeddings (B, D) of length one, row by row of one pair.
+        scale: factor of their cosines.
+        same: bool (B, B), whether the texts of two rows are equal; true on the diagonal.
+    """
+    logits = scale * image @ text.T
+    target = same / same.sum(1, keepdim=True)  # symmetric where `same` is an equivalence, as equality is
+    return 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
+
+
+@dataclass(frozen=True)
+class CaptionBatch:
+    """Images (B, 3, H, W) in [-1, 1], tokens (B, L) of their captions, and the captions' numbers (B,), equal where
+    they say the same."""
+
+    images: Tensor
+    tokens: Tensor
+    caption: Tensor
+
+
+class Contrasting:
+    """A `dmd.run.Task`: one update of a small CLIP a step. Micro-batches, and processes, are contrasted by themselves.
+
+    Args:
+        net: what is trained.
+        optimizer: its groups know their full rate.
+        ema: its average, which is exported.
+        max_norm: gradients are clipped to it.
+        update: see `dmd.clipgen.tokenizer.Update`.
+    """
+
+    def __init__(self, net: SmallClipNet, optimizer: Optimizer, ema: Ema, max_norm: float, update: Update):
+        self.net = net.train()
+        self.optimizer = optimizer
+        self.ema = ema
+        self.max_norm = max_norm
+        self.update = update
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {"net": self.net, "ema": self.ema.shadow}
+
+    def optimizers(self) -> dict[str, Optimizer]:
+        return {"net": self.optimizer}
+
+    def step(self, step: int, batches: Sequence[CaptionBatch]) -> dict[str, Tensor]:
+        """One update over the micro-batches. Raises `NotFinite` (by `update`) before a bad one."""
+        self.optimizer.zero_grad()
+        rows = []
+        for b in batches:
+            image, text = self.net.of_images(b.images), self.net.of_tokens(b.tokens)
+            same = b.caption[:, None] == b.caption
+            loss = contrastive_loss(image, text, self.net.logit_scale.exp(), same)
+            (loss / len(batches)).backward()
+            nearest = (image @ text.T).detach().argmax(1)
+            right = same.gather(1, nearest[:, None]).float().mean()
+            rows.append(torch.stack((loss.detach(), right)))
+        figures = dict(zip(("loss/contrastive", "right"), torch.stack(rows).mean(0), strict=True))
+        figures["grad/net"] = self.update(list(self.net.parameters()), self.max_norm, figures)
+        self.optimizer.step()
+        with torch.no_grad():
+            self.net.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+        self.ema.update(self.net, step)
+        return figures

@@ -1,0 +1,361 @@
+"""Everything that `dmd clipgen` can be told, as frozen dataclasses; presets; JSON in and out."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from tyro.conf import Suppress
+
+from dmd.config import RunOptions
+from dmd.errors import InputError
+
+GapKind = Literal["none", "noise", "centre", "centre+noise"]
+Perceptual = Literal["l2", "lpips-vgg", "lpips-alex", "lpips-squeeze"]
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Images without captions, and captioned ones for those who read captions: the small CLIP, and the evaluation."""
+
+    data: str = "shapes"
+    """What tokenizer and transformer learn from: "shapes" (drawn here), a folder of images at any depth, a folder of
+    .tar shards, or an .npz file with `images`. Captions that lie beside the images are not read."""
+    size: int = 64
+    """Height and width. Other images are scaled until their shorter side fits, and cut to the middle."""
+    images: int = 20_000
+    """How many drawings of "shapes" there are."""
+    captioned: str | None = None
+    """Folder of images with metadata.jsonl that the small CLIP is taught on; with "shapes" it is drawn."""
+    test: str | None = None
+    """Folder of images with metadata.jsonl for the evaluation, which alone reads its captions; with "shapes" it is
+    drawn."""
+
+
+@dataclass(frozen=True)
+class TokenizerOptions:
+    """The autoencoder that turns images into tokens."""
+
+    tokenizer: str | None = None
+    """Folder of a tokenizer. Left out, one is taught here, once, and cached."""
+    patch: int = 2
+    """Pixels of a square of this side are the channels of the first layer."""
+    widths: tuple[int, ...] = (32, 64, 96)
+    """Channels of each resolution, from fine to coarse. The tokens' grid has size / patch / 2^(count - 1) rows."""
+    blocks: int = 1
+    """Blocks of each resolution in the encoder; the decoder has one more."""
+    groups: int = 1
+    """Groups of all normalisations. One keeps the levels of flat colours."""
+    attention: bool = False
+    """Attention at the coarsest resolution."""
+    codes: int = 512
+    """How many codes there are."""
+    code_width: int = 8
+    """Numbers in a code, which has length one."""
+    commitment: float = 0.25
+    """Weight of the encoder's distance from its codes."""
+    code_decay: float = 0.99
+    """Of the moving average that codes are."""
+    dead_below: float = 0.1
+    """A code that is used less than this part of what it would be if all were used alike is replaced."""
+    perceptual: Perceptual = "l2"
+    """Term beside the L1 distance: LPIPS with a backbone, or the squared error."""
+    perceptual_weight: float = 1.0
+    lpips_weights: str | None = None
+    """File of the LPIPS backbone's weights, where they are not to be downloaded."""
+    adversarial: float = 0.0
+    """Weight of the adversarial term, on top of its adaptive one; 0 leaves it out."""
+    adversarial_from: int = 0
+    """First step of the adversarial term and of its discriminator."""
+    discriminator_width: int = 64
+    discriminator_layers: int = 3
+    tokenizer_steps: int = 1000
+    tokenizer_batch_size: int = 32
+    tokenizer_lr: float = 1e-3
+
+
+@dataclass(frozen=True)
+class ClipOptions:
+    """The encoder of images and texts into one space."""
+
+    clip: str | None = None
+    """Folder or hub id of a CLIP (transformers' format), or folder of a small CLIP. Left out, a small one is taught
+    here on captioned images, once, and cached."""
+    clip_patch: int = 2
+    clip_widths: tuple[int, ...] = (32, 64, 96)
+    clip_blocks: int = 1
+    clip_text_width: int = 128
+    clip_text_layers: int = 2
+    clip_tokens: int = 24
+    """Length of every encoded text."""
+    clip_width: int = 128
+    """Numbers in an embedding."""
+    clip_images: int = 30_000
+    """How many captioned drawings of "shapes" the small CLIP learns from."""
+    clip_steps: int = 500
+    clip_batch_size: int = 128
+    clip_lr: float = 2e-3
+
+
+@dataclass(frozen=True)
+class TransformerOptions:
+    """The causal transformer from an embedding to tokens, and its training."""
+
+    layers: int = 4
+    width: int = 128
+    heads: int = 4
+    dropout: float = 0.0
+    gap: GapKind = "centre+noise"
+    """What is done about text embeddings lying elsewhere than image embeddings: subtract each kind's mean ("centre"),
+    train with noise on the embeddings ("noise"), both, or nothing."""
+    gap_noise: float = 0.4
+    """Share a of the noise: normalise((1 - a) e + a n)."""
+    condition_dropout: float = 0.1
+    """Probability of training without the embedding, which guidance needs."""
+    embedding_weight: float = 0.0
+    """Weight of the distance between the embedding and that of the image which the tokens stand for; 0 leaves it out,
+    as the published code does."""
+    max_train_steps: int = 1600
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.05
+    lr_warmup_steps: int = 100
+    lr_cooldown_steps: int = 900
+    ema: float = 0.995
+    max_grad_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How images are made from embeddings."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    """Only the k likeliest tokens; 0 is all."""
+    top_p: float = 0.95
+    """Only the likeliest tokens that together have this probability; 1 is all."""
+    guidance: float = 2.0
+    """uncond + s (cond - uncond) of the logits; 1 is none."""
+    candidates: int = 1
+    """Images made for each that is kept: CLIP keeps the nearest."""
+    sample_batch_size: int = 64
+    """Images at a time."""
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """How the model is judged at the end."""
+
+    final_samples: int = 512
+    """Images of each kind: from texts and from images, of seen combinations and of held-out ones."""
+    blur: tuple[int, ...] = (0, 1, 2)
+    """Radii k of the blurred Fréchet distances FD-k, in pixels."""
+    centre_prompts: str | None = None
+    """File or folder of captions whose mean is taken from text embeddings, for a CLIP that brings no mean along."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run, from images to report."""
+
+    preset: Suppress[str] = "shapes"  # the first word of a command, not a flag
+    data: DataOptions = field(default_factory=DataOptions)
+    tokenizer: TokenizerOptions = field(default_factory=TokenizerOptions)
+    clip: ClipOptions = field(default_factory=ClipOptions)
+    transformer: TransformerOptions = field(default_factory=TransformerOptions)
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
+    run: RunOptions = field(default_factory=lambda: RunOptions(output_dir="runs/clipgen-shapes"))
+
+
+RESUMABLE = {
+    "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "log_every", "report_to", "cache_dir", "cpu",
+    "output_dir", "data", "captioned", "test", "tokenizer", "clip", "lpips_weights", "final_samples", "blur",
+    "centre_prompts", "temperature", "top_k", "top_p", "guidance", "candidates", "sample_batch_size", "allow_tf32",
+}  # fmt: skip
+"""Options that may differ when a run is resumed; files are compared by content instead."""
+
+
+def grid(config: Config) -> int:
+    """Rows, and columns, of an image's tokens."""
+    o = config.tokenizer
+    return config.data.size // (o.patch * 2 ** (len(o.widths) - 1))
+
+
+def check(config: Config) -> None:
+    """Raises InputError for values out of range."""
+    d, t, c, m = config.data, config.tokenizer, config.clip, config.transformer
+    s, e, r = config.sampling, config.evaluation, config.run
+    positive = {
+        "--size": d.size, "--images": d.images, "--patch": t.patch, "--widths": min(t.widths, default=0),
+        "--blocks": t.blocks, "--groups": t.groups, "--code-width": t.code_width,
+        "--discriminator-width": t.discriminator_width, "--discriminator-layers": t.discriminator_layers,
+        "--tokenizer-steps": t.tokenizer_steps, "--tokenizer-batch-size": t.tokenizer_batch_size,
+        "--tokenizer-lr": t.tokenizer_lr, "--clip-patch": c.clip_patch, "--clip-widths": min(c.clip_widths, default=0),
+        "--clip-blocks": c.clip_blocks, "--clip-text-width": c.clip_text_width,
+        "--clip-text-layers": c.clip_text_layers, "--clip-tokens": c.clip_tokens, "--clip-width": c.clip_width,
+        "--clip-images": c.clip_images, "--clip-steps": c.clip_steps,
+        "--clip-lr": c.clip_lr, "--layers": m.layers, "--width": m.width, "--heads": m.heads,
+        "--max-train-steps": m.max_train_steps, "--batch-size": m.batch_size, "--learning-rate": m.learning_rate,
+        "--max-grad-norm": m.max_grad_norm, "--temperature": s.temperature, "--candidates": s.candidates,
+        "--sample-batch-size": s.sample_batch_size, "--checkpoints-total-limit": r.checkpoints_total_limit,
+        "--log-every": r.log_every,
+    }  # fmt: skip
+    for flag, value in positive.items():
+        if not 0 < value < math.inf:
+            raise InputError(f"{flag} is {value}: it must be a number greater than 0")
+    for flag, count in {"--codes": t.codes, "--clip-batch-size": c.clip_batch_size}.items():
+        if count < 2:
+            raise InputError(f"{flag} is {count}: it must be at least 2")
+    not_negative = {
+        "--commitment": t.commitment, "--dead-below": t.dead_below, "--perceptual-weight": t.perceptual_weight,
+        "--adversarial": t.adversarial, "--adversarial-from": t.adversarial_from,
+        "--embedding-weight": m.embedding_weight, "--weight-decay": m.weight_decay,
+        "--lr-warmup-steps": m.lr_warmup_steps, "--lr-cooldown-steps": m.lr_cooldown_steps, "--top-k": s.top_k,
+        "--blur": min(e.blur, default=0), "--checkpointing-steps": r.checkpointing_steps,
+    }  # fmt: skip
+    for flag, value in not_negative.items():
+        if not 0 <= value < math.inf:
+            raise InputError(f"{flag} is {value}: it must be a number of at least 0")
+    below_one = {
+        "--code-decay": t.code_decay, "--dropout": m.dropout, "--gap-noise": m.gap_noise, "--ema": m.ema,
+        "--condition-dropout": m.condition_dropout,
+    }  # fmt: skip
+    for flag, value in below_one.items():
+        if not 0 <= value < 1:
+            raise InputError(f"{flag} is {value}: it must be at least 0 and below 1")
+    if not 0 < s.top_p <= 1:
+        raise InputError(f"--top-p is {s.top_p}: it must be above 0 and at most 1")
+    if not math.isfinite(s.guidance):
+        raise InputError(f"--guidance is {s.guidance}: it must be a finite number")
+    if e.final_samples < 16:
+        raise InputError(f"--final-samples is {e.final_samples}: it must be at least 16, since fewer mean nothing")
+    if not 0 <= r.seed < 2**64:
+        raise InputError(f"--seed is {r.seed}: it must be at least 0 and below 2**64")
+    for flag, patch, widths in (("--widths", t.patch, t.widths), ("--clip-widths", c.clip_patch, c.clip_widths)):
+        if d.size % (patch * 2 ** (len(widths) - 1)):
+            raise InputError(
+                f"--size is {d.size}: it must be divisible by {patch * 2 ** (len(widths) - 1)}, since {flag} "
+                f"{' '.join(map(str, widths))} with patches of {patch} pixels makes the image so many times smaller"
+            )
+    wrong = [w for w in t.widths if w % t.groups]
+    if wrong:
+        raise InputError(f"--widths has {wrong[0]}, which {t.groups} --groups do not divide: give a multiple")
+    for flag, width, heads in (("--width", m.width, m.heads), ("--clip-text-width", c.clip_text_width, 4)):
+        if width % heads:
+            raise InputError(f"{flag} is {width}: it must be a multiple of the {heads} attention heads")
+    if d.data != "shapes" and d.captioned is None and c.clip is None:
+        raise InputError(
+            "a small CLIP needs captioned images: give --captioned, a folder of images with metadata.jsonl, or a "
+            "trained CLIP's folder or id as --clip"
+        )
+    if d.data == "shapes" and d.size != 64:
+        raise InputError(f"--size is {d.size}: drawings of shapes have 64 pixels")
+
+
+def to_json(config: Config) -> dict[str, Any]:
+    """Plain nested dictionaries; `read` takes them back."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def read(path: Path) -> Config:
+    """The config.json of a run. Raises InputError if it is missing, damaged, or no run's of `dmd clipgen`."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise InputError(f"{path} does not exist: give a run directory of dmd clipgen") from None
+    except ValueError:
+        raise InputError(f"{path} is not valid JSON: restore it, or start over with --fresh") from None
+    return _read(Config, raw, str(path))
+
+
+def _read(kind: Any, raw: Any, where: str) -> Any:
+    if not isinstance(raw, Mapping):
+        raise InputError(f"{where} has {raw!r} where an object is due: it is no run of dmd clipgen")
+    known = {f.name: f for f in fields(kind)}
+    values = {}
+    for key, value in raw.items():
+        if key not in known:
+            raise InputError(f"{where} has the unknown key {key!r}: it is no run of this version of dmd clipgen")
+        group = GROUPS.get(key) if kind is Config else None
+        values[key] = _read(group, value, where) if group else tuple(value) if isinstance(value, list) else value
+    return kind(**values)
+
+
+GROUPS: dict[str, type] = {
+    "data": DataOptions, "tokenizer": TokenizerOptions, "clip": ClipOptions, "transformer": TransformerOptions,
+    "sampling": SamplingOptions, "evaluation": EvaluationOptions, "run": RunOptions,
+}  # fmt: skip
+"""Types of the groups of a config."""
+
+
+def require_same(old: Config, new: Config, where: str) -> None:
+    """Raises InputError naming the first option, other than `RESUMABLE` ones, in which a resumed run differs."""
+    for group in GROUPS:
+        a, b = getattr(old, group), getattr(new, group)
+        for name in (f.name for f in fields(a) if f.name not in RESUMABLE):
+            before, now = getattr(a, name), getattr(b, name)
+            if before != now:
+                raise InputError(
+                    f"{where} holds another run ({name} was {before!r}, now {now!r}): give another --output-dir, or "
+                    f"start over with --fresh"
+                )
+
+
+PRESETS: dict[str, Config] = {
+    # captioned shapes at 64 x 64: all stages in about 20 minutes on two CPU cores, by counted arithmetic
+    "shapes": Config(),
+    # real pictures of 64 x 64; captions come in at the evaluation only, so CLIP is one that others have trained
+    "emoji": Config(
+        preset="emoji",
+        data=DataOptions(data="data/emoji64/train", test="data/emoji64/test"),
+        tokenizer=TokenizerOptions(
+            patch=1, widths=(64, 64, 128, 128), blocks=2, groups=8, attention=True, codes=2048,
+            perceptual="lpips-alex", adversarial=0.8, adversarial_from=10_000, tokenizer_steps=30_000,
+            tokenizer_batch_size=64, tokenizer_lr=2e-4,
+        ),
+        clip=ClipOptions(clip="openai/clip-vit-base-patch32"),
+        transformer=TransformerOptions(
+            layers=8, width=512, heads=8, dropout=0.1, gap_noise=0.5, max_train_steps=40_000, batch_size=128,
+            learning_rate=5e-4, lr_warmup_steps=500, lr_cooldown_steps=20_000, ema=0.9995,
+        ),
+        sampling=SamplingOptions(candidates=4),
+        evaluation=EvaluationOptions(blur=(0, 1, 2, 4), centre_prompts="data/emoji64/test"),
+        run=RunOptions(output_dir="runs/clipgen-emoji", mixed_precision="bf16", checkpointing_steps=2000),
+    ),
+    # the paper's sizes: 256 x 256 pixels, 16 x 16 tokens of 16,384 codes, 24 layers of width 1,024; for several GPUs
+    "paper": Config(
+        preset="paper",
+        data=DataOptions(data="data/images", size=256, test="data/coco-val"),
+        tokenizer=TokenizerOptions(
+            patch=1, widths=(128, 128, 256, 256, 512), blocks=2, groups=32, attention=True, codes=16_384,
+            perceptual="lpips-vgg", adversarial=0.8, adversarial_from=20_000, tokenizer_steps=400_000,
+            tokenizer_batch_size=128, tokenizer_lr=1e-4,
+        ),
+        clip=ClipOptions(clip="openai/clip-vit-base-patch32"),
+        transformer=TransformerOptions(
+            layers=24, width=1024, heads=16, dropout=0.1, gap_noise=0.5, max_train_steps=400_000, batch_size=256,
+            learning_rate=1e-4, lr_warmup_steps=2000, lr_cooldown_steps=100_000, ema=0.9999,
+        ),
+        sampling=SamplingOptions(top_k=500, candidates=8),
+        evaluation=EvaluationOptions(
+            final_samples=5000, blur=(0, 1, 2, 4, 8), centre_prompts="data/coco-val",
+        ),
+        run=RunOptions(output_dir="runs/clipgen-paper", mixed_precision="bf16", checkpointing_steps=5000),
+    ),
+}  # fmt: skip
+
+
+def preset(name: str) -> Config:
+    """A preset by name. Raises InputError listing the names."""
+    if name not in PRESETS:
+        raise InputError(f"there is no preset {name!r} of dmd clipgen: choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def with_run(config: Config, **changes: Any) -> Config:
+    """The config with some run options replaced."""
+    return replace(config, run=replace(config.run, **changes))

@@ -1,0 +1,243 @@
+"""The conditional transformer: a CLIP embedding as prefix, an image's tokens after it, each told from those before.
+
+Wang et al. 2022 (CLIP-GEN, arXiv 2203.00386), equations of section 3.2; the network is transformers' GPT-2 (pre-norm,
+learnt positions), fed by `inputs_embeds`.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dmd import checkpoint
+from dmd.clipgen.chance import pinned
+from dmd.clipgen.tokenizer import Update
+from dmd.ema import Ema
+from dmd.errors import InputError
+from dmd.seeding import Stream
+
+CONFIG, WEIGHTS = "transformer.json", "transformer.safetensors"
+KIND = "dmd-clip-gen"
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes of a conditional transformer.
+
+    Attributes:
+        codes: how many tokens there are.
+        length: tokens of an image.
+        condition: numbers in an embedding.
+        layers, width, heads: of the transformer.
+        dropout: everywhere in it.
+    """
+
+    codes: int
+    length: int
+    condition: int
+    layers: int
+    width: int
+    heads: int
+    dropout: float = 0.0
+
+
+class ConditionalTransformer(nn.Module):
+    """p(token t | embedding, tokens before t); fresh weights come from torch's global random state."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        self.config = config
+        self.gpt: Any = GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=config.codes,
+                n_positions=config.length,  # the prefix, and all tokens but the last
+                n_embd=config.width,
+                n_layer=config.layers,
+                n_head=config.heads,
+                resid_pdrop=config.dropout,
+                embd_pdrop=config.dropout,
+                attn_pdrop=config.dropout,
+                tie_word_embeddings=False,
+                bos_token_id=None,
+                eos_token_id=None,
+            )
+        )
+        self.project = nn.Linear(config.condition, config.width)
+        self.null = nn.Parameter(0.02 * torch.randn(config.width))
+
+    def prefix(self, condition: Tensor, dropped: Tensor | None = None) -> Tensor:
+        """The first input (B, 1, width).
+
+        Args:
+            condition: (B, condition).
+            dropped: bool (B,), where the learnt embedding of no condition stands instead.
+        """
+        found = self.project(condition)
+        if dropped is not None:
+            found = torch.where(dropped[:, None], self.null.to(found.dtype), found)
+        return found[:, None]
+
+    def forward(self, condition: Tensor, tokens: Tensor, dropped: Tensor | None = None) -> Tensor:
+        """Logits (B, length, codes) of every token, each from those before it.
+
+        Args:
+            condition: (B, condition).
+            tokens: (B, length) int64; the last one is not looked at.
+            dropped: see `prefix`.
+        """
+        before = self.gpt.transformer.wte(tokens[:, :-1])
+        inputs = torch.cat((self.prefix(condition, dropped), before), dim=1)
+        return self.gpt(inputs_embeds=inputs, use_cache=False).logits
+
+    def start(self, prefix: Tensor) -> tuple[Tensor, Any]:
+        """Logits (B, codes) of the first token after a prefix (B, 1, width), and the keys and values so far."""
+        out = self.gpt(inputs_embeds=prefix, use_cache=True)
+        return out.logits[:, -1], out.past_key_values
+
+    def following(self, token: Tensor, past: Any) -> tuple[Tensor, Any]:
+        """Logits (B, codes) of the token after `token` (B,), and the keys and values that now include it."""
+        out = self.gpt(inputs_embeds=self.gpt.transformer.wte(token[:, None]), past_key_values=past, use_cache=True)
+        return out.logits[:, -1], out.past_key_values
+
+
+def save(net: ConditionalTransformer, folder: Path, facts: dict[str, Any]) -> None:
+    """Write a transformer into a model's folder, with `facts` about what it belongs to; the weights come last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_json(folder / CONFIG, {"kind": KIND, "sizes": asdict(net.config)} | facts)
+    checkpoint.save_weights(net, folder / WEIGHTS)
+
+
+def load(folder: Path, device: torch.device) -> tuple[ConditionalTransformer, dict[str, Any]]:
+    """A transformer, frozen, and the facts beside it.
+
+    Raises:
+        InputError: the folder holds none, or a damaged one.
+    """
+    try:
+        raw = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        if raw["kind"] != KIND:
+            raise ValueError
+        net = ConditionalTransformer(TransformerConfig(**raw["sizes"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"{folder} is not a model of dmd clipgen: it needs {CONFIG} of {KIND}") from None
+    checkpoint.load_weights(net, folder / WEIGHTS)
+    return net.to(device).eval().requires_grad_(False), raw
+
+
+# ----------------------------------------------------------------------------- training
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """What a step sees.
+
+    Attributes:
+        tokens: (B, length) int64.
+        condition: (B, condition), what the transformer is told.
+        embedding: (B, condition), CLIP's own embedding of the image, which the reconstruction term aims at.
+        dropped: bool (B,), where the condition is left out.
+    """
+
+    tokens: Tensor
+    condition: Tensor
+    embedding: Tensor
+    dropped: Tensor
+
+
+Reembed = Callable[[Tensor], Tensor]
+"""Mixtures (B, length, codes) of codes, each of sum one, to the CLIP embedding of the image, (B, D); differentiable."""
+
+
+def embedding_loss(logits: Tensor, embedding: Tensor, reembed: Reembed) -> Tensor:
+    """1 - cos(e, CLIP(decode(tokens))), for the likeliest tokens; the gradient is that of their probabilities.
+
+    CLIP-GEN's embedding reconstruction, with the straight-through argmax of its published code. The paper's formula is
+    not clear about the distance; the cosine is CLIP's own.
+
+    Args:
+        logits: (B, length, codes).
+        embedding: (B, D) of length one.
+    """
+    soft = logits.softmax(-1)
+    hard = F.one_hot(soft.argmax(-1), soft.shape[-1]).to(soft.dtype)
+    return 1.0 - F.cosine_similarity(reembed(hard + soft - soft.detach()), embedding, dim=-1).mean()
+
+
+class Modelling:
+    """A `dmd.run.Task`: one update of a conditional transformer a step.
+
+    loss = -mean log p(s_t | s_<t, e) + embedding_weight * embedding_loss
+
+    Args:
+        net: what is trained.
+        optimizer: see `optimizer`.
+        ema: its average, which is evaluated and exported.
+        embedding_weight: 0 leaves the term out, and then `reembed` is not called.
+        max_norm: gradients are clipped to it.
+        update: see `dmd.clipgen.tokenizer.Update`.
+        seed, rank: key dropout.
+        autocast: dtype of the network's arithmetic.
+    """
+
+    def __init__(
+        self, net: ConditionalTransformer, optimizer: Optimizer, ema: Ema, embedding_weight: float, reembed: Reembed,
+        max_norm: float, update: Update, seed: int, rank: int = 0, autocast: torch.dtype | None = None,
+    ):  # fmt: skip
+        self.net = net.train()
+        self.optimizer = optimizer
+        self.ema = ema
+        self.embedding_weight = embedding_weight
+        self.reembed = reembed
+        self.max_norm = max_norm
+        self.update = update
+        self.seed, self.rank = seed, rank
+        self.autocast = autocast
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {"net": self.net, "ema": self.ema.shadow}
+
+    def optimizers(self) -> dict[str, Optimizer]:
+        return {"net": self.optimizer}
+
+    def step(self, step: int, batches: Sequence[TokenBatch]) -> dict[str, Tensor]:
+        """One update over the micro-batches. Raises `NotFinite` (by `update`) before a bad one."""
+        self.optimizer.zero_grad()
+        figures: dict[str, Tensor] = {}
+        for k, b in enumerate(batches):
+            with (
+                pinned(self.seed, Stream.TRANSFORMER_DROPOUT, step * len(batches) + k, self.rank, b.tokens.device),
+                torch.autocast(b.tokens.device.type, self.autocast, enabled=self.autocast is not None),
+            ):
+                logits = self.net(b.condition, b.tokens, b.dropped)
+            logits = logits.float()
+            loss = F.cross_entropy(logits.flatten(0, 1), b.tokens.flatten())
+            part = {"loss/tokens": loss, "right": (logits.detach().argmax(-1) == b.tokens).float().mean()}
+            if self.embedding_weight:
+                part["loss/embedding"] = embedding_loss(logits, b.embedding, self.reembed)
+                loss = loss + self.embedding_weight * part["loss/embedding"]
+            (loss / len(batches)).backward()
+            for name, value in part.items():
+                figures[name] = figures.get(name, 0.0) + value.detach() / len(batches)
+        figures["grad/net"] = self.update(list(self.net.parameters()), self.max_norm, figures)
+        self.optimizer.step()
+        self.ema.update(self.net, step)
+        return figures
+
+
+def optimizer(net: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW (0.9, 0.95) that decays matrices only; its groups know their full rate, as `dmd.run` expects."""
+    weights = [p for p in net.parameters() if p.ndim >= 2]
+    others = [p for p in net.parameters() if p.ndim < 2]
+    groups = [
+        {"params": weights, "weight_decay": weight_decay, "initial_lr": lr},
+        {"params": others, "weight_decay": 0.0, "initial_lr": lr},
+    ]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)

@@ -1,0 +1,150 @@
+"""CLIP: its loss by a naive loop, parity with transformers' own preprocessing, and a small one that learns."""
+
+import json
+import math
+
+import little
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dmd import build
+from dmd.clipgen import clip as clips
+from dmd.clipgen.clip import CaptionBatch, Contrasting, SmallClip, SmallClipConfig, SmallClipNet, contrastive_loss
+from dmd.clipgen.networks import ConvSizes
+from dmd.ema import Ema
+from dmd.errors import InputError
+from dmd.run import clip_and_check
+from dmd.teachers import miniature, stable_diffusion
+
+WORDS = ["a", "blue", "green", "red", "square"]
+MEAN, STD = [0.1, 0.5, 0.9], [0.2, 0.3, 0.4]
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """(folder, token count) of a tokenizer that knows `WORDS`."""
+    folder = tmp_path_factory.mktemp("words")
+    return folder, miniature.write_tokenizer(WORDS, 8, folder)
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory, words):
+    """A folder as on the hub: a tiny CLIPModel, its tokenizer, and a mean and deviation of its own."""
+    from transformers import CLIPConfig, CLIPModel
+
+    folder, (source, count) = tmp_path_factory.mktemp("clip"), words
+    common = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = common | {"vocab_size": count, "max_position_embeddings": 8, "bos_token_id": count - 2}
+    text |= {"eos_token_id": count - 1, "pad_token_id": count - 1}
+    vision = common | {"image_size": 24, "patch_size": 8}
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)
+    little.seeded(lambda: CLIPModel(config)).save_pretrained(folder)
+    for file in source.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    preprocessing = {
+        "image_processor_type": "CLIPImageProcessor", "image_mean": MEAN, "image_std": STD, "do_resize": True,
+        "size": {"shortest_edge": 24}, "do_center_crop": True, "crop_size": {"height": 24, "width": 24},
+        "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "resample": 3, "do_convert_rgb": True,
+    }  # fmt: skip
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing))
+    return folder
+
+
+def naive(image, text, scale, captions):
+    """CLIP's loss, a number at a time; the target of a row is spread over all that say the same."""
+    n, total = len(image), 0.0
+    for a, b in ((image, text), (text, image)):
+        for i in range(n):
+            logits = [scale * float(a[i] @ b[j]) for j in range(n)]
+            log_sum = math.log(sum(math.exp(v) for v in logits))
+            same = [j for j in range(n) if captions[j] == captions[i]]
+            total += sum(log_sum - logits[j] for j in same) / len(same) / (2 * n)
+    return total
+
+
+@pytest.mark.parametrize("captions", [[0, 1, 2, 3, 4], [0, 1, 0, 2, 1]])
+def test_the_contrastive_loss_is_that_of_a_naive_loop(rng, captions):
+    image, text = F.normalize(torch.randn(2, 5, 7, generator=rng), dim=-1)
+    number = torch.tensor(captions)
+    got = contrastive_loss(image, text, torch.tensor(9.0), number[:, None] == number)
+    assert got.item() == pytest.approx(naive(image, text, 9.0, captions), rel=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [24, 32])
+def test_a_pretrained_clip_sees_what_transformers_would_show_it(pretrained, rng, size):
+    """The same embeddings as by CLIPImageProcessor, also where images must be resized (to rounding of PIL's levels)."""
+    from PIL import Image
+    from transformers import CLIPImageProcessor, CLIPModel
+
+    pixels = torch.randint(0, 256, (2, size, size, 3), generator=rng, dtype=torch.uint8)
+    pixels = torch.nn.functional.avg_pool2d(pixels.permute(0, 3, 1, 2).float(), 3, 1, 1).round().to(torch.uint8)
+    encoder = clips.load(pretrained, torch.device("cpu"))
+    got = encoder.images(pixels.float() / 127.5 - 1)
+    pictures = [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in pixels]
+    shown = CLIPImageProcessor.from_pretrained(pretrained)(images=pictures, return_tensors="pt").pixel_values
+    model = CLIPModel.from_pretrained(pretrained).eval()
+    out = model(pixel_values=shown, input_ids=encoder.tokenizer(["a"], return_tensors="pt").input_ids)
+    torch.testing.assert_close(got, out.image_embeds, rtol=0, atol=1e-5 if size == 24 else 0.02)
+    if size == 24:  # without the mean and deviation, as in the published code, it is another thing
+        bare = model.visual_projection(model.vision_model(pixel_values=pixels.float() / 255)[1])
+        assert (got - F.normalize(bare, dim=-1)).abs().max() > 0.02
+
+
+@torch.no_grad()
+def test_a_pretrained_clip_reads_as_transformers_does(pretrained):
+    from transformers import CLIPModel
+
+    encoder = clips.load(str(pretrained), torch.device("cpu"))
+    texts = ["a red square", "blue"]
+    model = CLIPModel.from_pretrained(pretrained).eval()
+    tokens = encoder.tokenizer(texts, padding=True, return_tensors="pt")
+    out = model(**tokens, pixel_values=torch.zeros(2, 3, 24, 24))
+    torch.testing.assert_close(encoder.texts(texts), out.text_embeds, rtol=0, atol=1e-5)
+    assert encoder.width == 12 and encoder.text_mean is None
+    assert encoder.texts(["a " * 50]).shape == (1, 12)  # cut, not refused
+
+
+def test_what_is_no_clip_is_refused(tmp_path, pretrained):
+    with pytest.raises(InputError, match="cannot be loaded as a CLIP"):
+        clips.load(tmp_path / "nothing", torch.device("cpu"))
+    (tmp_path / "config.json").write_text('{"kind": "dmd-small-clip", "size": 3}')
+    with pytest.raises(InputError, match="does not describe a small CLIP"):
+        clips.load(tmp_path, torch.device("cpu"))
+
+
+def small(words, length=8):
+    folder, count = words
+    sizes = ConvSizes(4, (8, 16), 1)
+    net = little.seeded(lambda: SmallClipNet(SmallClipConfig(16, sizes, 16, 1, length, count, 8)))
+    return SmallClip(net, stable_diffusion.tokenizer(folder))
+
+
+def test_a_small_clip_learns_which_text_is_whose(tmp_path, words):
+    encoder = small(words)
+    texts = ["a red square", "a green square", "a blue square", "red", "green", "blue"]
+    colours = torch.eye(3).repeat(2, 1)[:, :, None, None] * 2 - 1
+    images = colours.expand(-1, -1, 16, 16).clone()
+    images[3:, :, 4:] = 0.0  # a bar: one of its places is what tells it from the full square
+    task = Contrasting(
+        encoder.net, build.adam(encoder.net, 3e-3, (0.9, 0.95), 0.0), Ema(encoder.net, 0.5), 1.0, clip_and_check
+    )
+    batch = CaptionBatch(images, encoder.tokens(texts), torch.arange(6))
+    first = task.step(0, [batch])["loss/contrastive"]
+    for step in range(1, 80):
+        last = task.step(step, [batch])
+    assert last["right"] == 1.0 and last["loss/contrastive"] < 0.2 * first
+    assert encoder.net.logit_scale.item() <= math.log(100) + 1e-4
+    average = SmallClip(task.ema.shadow, encoder.tokenizer)
+    found = average.images(images) @ average.texts(texts).T
+    assert found.argmax(1).tolist() == list(range(6))
+    for file in words[0].iterdir():
+        (tmp_path / "tokenizer").mkdir(exist_ok=True)
+        (tmp_path / "tokenizer" / file.name).write_bytes(file.read_bytes())
+    task.ema.shadow.text_mean.copy_(average.texts(texts).mean(0))
+    clips.save(task.ema.shadow, tmp_path)
+    again = clips.load(tmp_path, torch.device("cpu"))
+    torch.testing.assert_close(again.images(images) @ again.texts(texts).T, found)
+    torch.testing.assert_close(again.text_mean, average.texts(texts).mean(0))
+    assert again.digest() == average.digest() != encoder.digest()
