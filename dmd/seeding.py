@@ -40,6 +40,13 @@ class Stream(enum.IntEnum):
     SHAPES_DRAWING = 17  # and where exactly: jitter of place, size and rotation
     GUIDANCE_TIME = 19  # t of the real score's guidance, where it has its own
     LATENT_NOISE = 18  # of an autoencoder's posterior while it is taught
+    CAPTION = 50  # concept, template and words of a synthetic caption
+    CAPTION_EXAMPLES = 51  # which examples a language model is shown
+    CAPTION_TOKEN = 52  # and which tokens it says
+    SYNTHESIS = 53  # start noise of synthetic data sets: step is the epoch, index the caption and the replica
+    CAPTION_ORDER = 54  # of captions that are synthesised online
+    READ_ORDER = 55  # of shards and captions that are read
+    READ_CHOICE = 56  # and which of a caption's images
 
 
 Streams = Stream | Sequence[Stream]

@@ -105,7 +105,7 @@ def sample(options: SampleOptions) -> None:
     from dmd.pipeline import Pipeline
     from dmd.solvers import ddim, heun
 
-    device = _device(options.device)
+    device = find_device(options.device)
     autocast = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[options.precision]
     student = teachers.load(options.student, device, autocast)
     codec = student.codec if options.decoder == "full" else teachers.tiny_codec(options.decoder, device, TINY)
@@ -204,7 +204,7 @@ def _read_prompts(path: str | None) -> list[str]:
     return prompts.read(path).texts
 
 
-def _device(name: str) -> Any:
+def find_device(name: str) -> Any:
     import torch
 
     if name == "auto":
