@@ -9,6 +9,7 @@ COMMANDS = {
     "teach": ("dmd.cli.parts", "teach", "train a teacher on real images"),
     "pairs": ("dmd.cli.parts", "pairs", "make noise-image pairs with a teacher"),
     "captions": ("dmd.cli.captions", "main", "captions by templates or a language model"),
+    "synthesize": ("dmd.cli.synthesize", "main", "captions to a data set of images"),
     "export": ("dmd.cli.export", "main", "a student for diffusers, ComfyUI and A1111"),
     "report": ("dmd.cli.parts", "report", "write report.html of a run again"),
 }
