@@ -185,7 +185,7 @@ class ShardWriter:
         self.folder, self.name, self.spec = folder, name, spec
         self._started = time.time()
         self._rows: list[dict[str, Any]] = []
-        self._path = folder / f".tmp-{name}.tar"
+        self._path = folder / f".tmp-{name}.tar.part"
         self._file = open(self._path, "wb")  # noqa: SIM115 (closed by finish or abandon)
         self._hashed = _Hashed(self._file)
         options: dict[str, Any] = {"fileobj": self._hashed, "mode": "w|", "format": tarfile.USTAR_FORMAT}
@@ -232,6 +232,7 @@ class ShardWriter:
         """Remove what has been written."""
         with contextlib.suppress(OSError):
             self._file.close()
+        self._hashed.file = io.BytesIO()  # for what the archive still holds when it is collected
         self._path.unlink(missing_ok=True)
 
     def _member(self, name: str, data: bytes) -> None:
@@ -268,7 +269,7 @@ def parquet(rows: Sequence[Mapping[str, Any]]) -> bytes:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file atomically and flush it to the disk, for one process at a time. An OSError names it."""
-    temporary = path.with_name(f".tmp-{path.name}")
+    temporary = path.with_name(f".tmp-{path.name}.part")
     try:
         with open(temporary, "wb") as file:
             file.write(data)

@@ -355,7 +355,7 @@ class ImageGroups(IterableDataset):
 
     def _require_enough(self, name: str, groups: Sequence[Group]) -> None:
         most = max((len(group.replicas) for group in groups), default=0)
-        if most < self.per_caption:
+        if 0 < most < self.per_caption:
             raise InputError(
                 f"{name} of {self.path} has at most {most} images of a caption, and {self.per_caption} were asked for: "
                 "ask for fewer, or make more"

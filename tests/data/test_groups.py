@@ -66,8 +66,7 @@ def dataset(folder, shards=5, captions=6, replicas=3):
         content = [m for n, c, r in rows for m in sample(n, f"caption {c}", caption_id=c, replica=r)]
         archive(folder / f"{shard:05d}.tar", content)
         table[f"{shard:05d}"] = {"images": len(rows)}
-    manifest = {"kind": groups.KIND, "complete": True, "shards": table}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_text(manifest(table))
     return folder
 
 
@@ -118,12 +117,13 @@ def test_replicas_are_chosen_evenly():
     assert all(abs(counts[r] - 600) < 5 * (900 * 2 / 9) ** 0.5 for r in range(3))
 
 
-@pytest.mark.parametrize(("world", "workers"), [(1, 0), (2, 0), (7, 0), (1, 2), (2, 3)])
+@pytest.mark.parametrize(("world", "workers"), [(1, 0), (2, 0), (7, 0), (1, 2), (2, 2)])
 def test_processes_and_workers_share_an_epoch(made, world, workers):
     found = []
     for rank in range(world):
         data = ImageGroups(made, 2, seed=4, epoch=1, rank=rank, world=world)
-        items = list(DataLoader(data, batch_size=None, num_workers=workers)) if workers else list(data)
+        batches = DataLoader(data, batch_size=3, collate_fn=list, num_workers=workers) if workers else [data]
+        items = [item for batch in batches for item in batch]
         found += [(i.caption_id, i.replicas) for i in items]
     assert sorted(found) == sorted((i.caption_id, i.replicas) for i in ImageGroups(made, 2, seed=4, epoch=1))
 
@@ -277,13 +277,19 @@ def test_surplus_images_are_refused(tmp_path):
     refused(folder, "holds 19 images instead of 18", limit=99)
 
 
+def manifest(shards=None, kind=groups.KIND, complete=True):
+    return json.dumps({"kind": kind, "complete": complete, "shards": shards or {}})
+
+
 MANIFESTS = {
-    "not JSON": ("{", "is damaged"), "a list": ("[]", "is damaged"), "another": ('{"kind": "x", "complete": true, "shards": {}}', "another program"),
-    "not complete": (json.dumps({"kind": groups.KIND, "complete": False, "shards": {}}), "not complete"),
-    "path": (json.dumps({"kind": groups.KIND, "complete": True, "shards": {"../../etc/x": {"images": 1}}}), "a shard's name is a number"),
-    "negative": (json.dumps({"kind": groups.KIND, "complete": True, "shards": {"00000": {"images": -1}}}), "of -1 images"),
-    "missing": (json.dumps({"kind": groups.KIND, "complete": True, "shards": {"00007": {"images": 1}}}), "00007.tar is missing"),
-}  # fmt: skip
+    "not JSON": ("{", "is damaged"),
+    "a list": ("[]", "is damaged"),
+    "another": (manifest(kind="x"), "another program"),
+    "not complete": (manifest(complete=False), "not complete"),
+    "path": (manifest({"../../etc/x": {"images": 1}}), "a shard's name is a number"),
+    "negative": (manifest({"00000": {"images": -1}}), "of -1 images"),
+    "missing": (manifest({"00007": {"images": 1}}), "00007.tar is missing"),
+}
 
 
 @pytest.mark.parametrize("name", MANIFESTS)
@@ -312,16 +318,16 @@ def test_nothing_of_an_archive_runs_or_is_written(tmp_path, monkeypatch):
     hard.type, hard.linkname = tarfile.LNKTYPE, "../../secret"
     device.type, sub.type = tarfile.CHRTYPE, tarfile.DIRTYPE
     content = [
-        *sample(0, "good"), *((f"000000000.{e}", payload) for e in ("pyd", "pickle", "pkl", "pth", "bin", "npy", "ten")),
+        *sample(0, "good"), *((f"000000000.{e}", payload) for e in ("pyd", "pickle", "pkl", "pth", "bin", "npy")),
         ("../evil.txt", b"x"), ("../evil.png", picture(1)), ("/tmp/evil2.png", picture(2)), ("/tmp/evil2.txt", b"y"),
         (link, b""), ("5.txt", b"x"), (hard, b""), (device, b""), (sub, b""), ("9.sh", b"#!/bin/sh\nmkdir trap"),
         ("pipe:mkdir trap.png", picture(3)), ("pipe:mkdir trap.txt", b"pipe:mkdir trap"),
     ]  # fmt: skip
     archive(folder / "x.tar", content)
-    before = {p for p in tmp_path.rglob("*")}
+    before = set(tmp_path.rglob("*"))
     found = list(ImageGroups(folder, 1, shuffle=False))
     assert [i.caption for i in found] == ["good", "x", "y", "pipe:mkdir trap"]  # names are no paths
-    assert {p for p in tmp_path.rglob("*")} == before and not Path("/tmp/evil2.png").exists()
+    assert set(tmp_path.rglob("*")) == before and not Path("/tmp/evil2.png").exists()
 
 
 @pytest.mark.parametrize(
