@@ -273,6 +273,19 @@ class Backlog:
         self._tasks.task_done()
 
 
+def sampled(job: Job, captions: int) -> Tensor:
+    """All images of some captions, evenly spaced over the data set: (captions, replicas, C, H, W), as they are written
+    but for the files' format."""
+    spec = job.spec
+    caption = spread(spec.count, captions).repeat_interleave(spec.replicas)
+    numbers = image_number(caption, torch.arange(spec.replicas).repeat(captions))
+    found = []
+    for part in torch.arange(len(caption)).split(spec.batch_size):
+        texts = [job.captions[i] for i in caption[part].tolist()]
+        found.append(resized(job.source(texts, numbers[part], 0), spec.pixels).float().cpu())
+    return torch.cat(found).unflatten(0, (captions, spec.replicas))
+
+
 SHEET_CAPTIONS, SHEET_REPLICAS, SHEET_PIXELS = 12, 8, 128
 
 

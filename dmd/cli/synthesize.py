@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -14,6 +14,7 @@ from dmd.cli.flags import guarded, read
 from dmd.errors import InputError
 
 if TYPE_CHECKING:
+    from dmd.metrics.diversity import CaptionDiversity
     from dmd.synthesis import Job, Outcome
 
 SLOW = {"png": "14", "webp": "50"}
@@ -100,6 +101,7 @@ def synthesize(options: SynthesizeOptions) -> None:
         print(f"note: a core writes about {rate} images a second of 512 pixels as {options.image_format}, 500 as jpg")
     job = build(options, captions)
     spec = job.spec
+    measure = _measure(options) if options.diversity else None  # its weights may be missing: better said before
     started = time.perf_counter()
     with progress(spec.images, 0, "synthesize", first, "img") as bar:
         outcome = _run(options, job, worker, workers, bar.update)
@@ -113,6 +115,8 @@ def synthesize(options: SynthesizeOptions) -> None:
     kept, dropped = (sum(getattr(s, k) for s in outcome.shards.values()) for k in ("images", "dropped"))
     synthesis.contact_sheet(job.folder, spec)
     print(f"{job.folder}: {kept} images of {spec.count} captions in {spec.shards} shards, {dropped} dropped")
+    if measure:
+        _say_diversity(options, job, measure)
 
 
 def check(options: SynthesizeOptions) -> None:
@@ -239,6 +243,32 @@ def _run(options: SynthesizeOptions, job: "Job", worker: int, workers: int, tick
         return synthesis.work(job, worker, workers, tick)
     remote = partial(build, options)
     return synthesis.work_with_ray(remote, job.folder, job.spec, options.ray_workers, options.ray_gpus, tick)
+
+
+def _measure(options: SynthesizeOptions) -> "CaptionDiversity":
+    from dmd.cli.sample import find_device
+    from dmd.metrics.diversity import CaptionDiversity
+
+    weights = Path(options.lpips_weights) if options.lpips_weights else None
+    return CaptionDiversity(options.lpips_backbone, weights, find_device(_local_device(options.device)))
+
+
+def _say_diversity(options: SynthesizeOptions, job: "Job", measure: "CaptionDiversity") -> None:
+    """Print and store how different the images of a caption are, and those of the teacher from the same noise."""
+    from dmd.checkpoint import write_json
+    from dmd.synthesis import sampled
+
+    jobs = {"teacher" if options.teacher else "this data set": job}
+    if _distilled_with(Path(options.student)) is not None and not options.teacher and (options.steps or 1) == 1:
+        jobs["teacher"] = build(replace(options, teacher=True, guidance_scale=None), list(job.captions))
+    count = min(options.diversity, job.spec.count)
+    print(f"diversity within {count} captions, {measure.name}:  feature cosine distance, LPIPS")
+    figures = {}
+    for name, each in jobs.items():
+        found = measure(sampled(each, count))
+        figures[name] = {"network": measure.name, "captions": count, **vars(found)}
+        print(f"  {name:14} {found.feature_cosine:.4f}  {found.lpips:.4f}")
+    write_json(job.folder / "diversity.json", figures)
 
 
 def _local_device(name: str) -> str:
