@@ -8,6 +8,8 @@ COMMANDS = {
     "sample": ("dmd.cli.sample", "main", "images from a student or teacher"),
     "teach": ("dmd.cli.parts", "teach", "train a teacher on real images"),
     "pairs": ("dmd.cli.parts", "pairs", "make noise-image pairs with a teacher"),
+    "captions": ("dmd.cli.captions", "main", "captions by templates or a language model"),
+    "synthesize": ("dmd.cli.synthesize", "main", "captions to a data set of images"),
     "export": ("dmd.cli.export", "main", "a student for diffusers, ComfyUI and A1111"),
     "clipgen": ("dmd.cli.clipgen", "main", "text to image learnt from images without captions"),
     "report": ("dmd.cli.parts", "report", "write report.html of a run again"),
@@ -18,7 +20,7 @@ def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
         print("usage: dmd COMMAND [--help]\n")
-        print("\n".join(f"  {command:8} {text}" for command, (_, _, text) in COMMANDS.items()))
+        print("\n".join(f"  {command:10} {text}" for command, (_, _, text) in COMMANDS.items()))
         return
     if name not in COMMANDS:
         print(f"error: there is no command {name!r}: choose one of {', '.join(COMMANDS)}", file=sys.stderr)

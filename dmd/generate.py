@@ -1,15 +1,17 @@
 """From (condition, seed) to images: the one-step student and the many-step teacher behind one signature."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from dmd import seeding
 from dmd.codec import Codec
-from dmd.denoiser import Cond, Denoiser
+from dmd.denoiser import Cond, Denoiser, Guided
+from dmd.noise import Karras
+from dmd.pipeline import Pipeline
 from dmd.seeding import Stream
-from dmd.solvers import Solver, one_step
+from dmd.solvers import Solver, ddim, heun, one_step
 
 Generator = Callable[[Tensor, Cond], Tensor]
 """(unit noise (B, ...), cond) to samples x0 (B, ...)."""
@@ -23,6 +25,12 @@ def student_generator(student: Denoiser) -> Generator:
 def teacher_generator(teacher: Denoiser, solver: Solver, steps: int) -> Generator:
     """The probability-flow ODE from t = 1 in `steps` steps."""
     return lambda z, cond: solver(teacher, teacher.schedule.start(z), steps, cond)
+
+
+def guided_steps(pipeline: Pipeline, scale: float, steps: int) -> Generator:
+    """Many guided steps of a pipeline's own denoiser: Heun's for pixels, DDIM's for latents."""
+    solver = heun if isinstance(pipeline.denoiser.schedule, Karras) else ddim
+    return teacher_generator(Guided(pipeline.denoiser, scale, pipeline.null()), solver, steps)
 
 
 def decoded(generator: Generator, codec: Codec) -> Generator:
@@ -61,3 +69,29 @@ def images(
         chunks.append(generator(z, cond)[:done].float().cpu())
         tick(done)
     return torch.cat(chunks) if chunks else torch.zeros(0, *shape)
+
+
+Source = Callable[[Sequence[str], Tensor, int], Tensor]
+"""(captions, numbers of the images (B,) int64 by `image_number`, epoch) to images (B, C, H, W) in [-1, 1], float32 on
+some device; a function of these, up to rounding that may depend on what else is in the batch."""
+
+REPLICAS = 1 << 16
+CAPTIONS = 1 << 40
+"""How many images a caption can have in an epoch, and how many captions there can be."""
+
+
+def image_number(caption: Tensor, replica: Tensor) -> Tensor:
+    """The number of an image among all that can be: int64 (B,), below 2^56."""
+    return caption * REPLICAS + replica
+
+
+def caption_source(pipeline: Pipeline, generator: Generator, codec: Codec, seed: int, device: torch.device) -> Source:
+    """Images of captions. Their noise is drawn on the device, from the seed, the epoch and the image's number."""
+
+    @torch.no_grad()
+    def source(captions: Sequence[str], numbers: Tensor, epoch: int) -> Tensor:
+        z = seeding.normal(seed, Stream.SYNTHESIS, epoch, numbers.to(device), pipeline.shape)
+        cond = {k: v.to(device, non_blocking=True) for k, v in pipeline.encode(captions).items()}
+        return codec.decode(generator(z, cond))
+
+    return source

@@ -47,6 +47,13 @@ class Stream(enum.IntEnum):
     TRANSFORMER_DROPOUT = 73
     CLIP_DATA = 74  # which captioned images a small CLIP's step sees
     SHAPES_NEIGHBOUR = 75  # which part of a scene its neighbour differs in, and how
+    CAPTION = 50  # concept, template and words of a synthetic caption
+    CAPTION_EXAMPLES = 51  # which examples a language model is shown
+    CAPTION_TOKEN = 52  # and which tokens it says
+    SYNTHESIS = 53  # start noise of synthetic data sets: step is the epoch, index the caption and the replica
+    CAPTION_ORDER = 54  # of captions that are synthesised online
+    READ_ORDER = 55  # of shards and captions that are read
+    READ_CHOICE = 56  # and which of a caption's images
 
 
 Streams = Stream | Sequence[Stream]

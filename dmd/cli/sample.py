@@ -98,12 +98,9 @@ def sample(options: SampleOptions) -> None:
     import torch
 
     from dmd import teachers
-    from dmd.denoiser import Guided
     from dmd.evaluation import save_grid
-    from dmd.generate import Generator, student_generator, teacher_generator
-    from dmd.noise import Karras
+    from dmd.generate import Generator, guided_steps, student_generator
     from dmd.pipeline import Pipeline
-    from dmd.solvers import ddim, heun
 
     device = find_device(options.device)
     autocast = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[options.precision]
@@ -117,20 +114,16 @@ def sample(options: SampleOptions) -> None:
 
     many_steps = options.steps or 50
 
-    def steps_of(pipeline: Pipeline, scale: float) -> Generator:
-        solver = heun if isinstance(pipeline.denoiser.schedule, Karras) else ddim
-        return teacher_generator(Guided(pipeline.denoiser, scale, pipeline.null()), solver, many_steps)
-
     if options.teacher or not many:
         runs: list[tuple[str, Pipeline, Generator]] = [("student", student, student_generator(student.denoiser))]
     else:
         scale = 1.0 if options.guidance_scale is None else options.guidance_scale
-        runs = [("many steps", student, steps_of(student, scale))]
+        runs = [("many steps", student, guided_steps(student, scale, many_steps))]
     if options.teacher:
         source, guidance = teacher_of(Path(shipped.resolve(options.student)))
         teacher = teachers.load(source, device, autocast)
         scale = guidance if options.guidance_scale is None else options.guidance_scale
-        runs.append(("teacher", teacher, steps_of(teacher, scale)))
+        runs.append(("teacher", teacher, guided_steps(teacher, scale, many_steps)))
 
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)

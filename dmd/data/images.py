@@ -329,13 +329,13 @@ def read_image(file: Path, wanted: tuple[int, int] | None) -> np.ndarray:
         with Image.open(file) as image:
             found = (image.height, image.width)
             if wanted in (None, found):
-                return _plain(image)
+                return plain(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{file} is not a readable 8-bit image: {error}") from error
     raise InputError(_size_sentence(f"{file} is", found, wanted))
 
 
-def _plain(image: Any) -> np.ndarray:
+def plain(image: Any) -> np.ndarray:
     """A PIL image without palette and transparency."""
     if image.mode not in MODES:
         raise InputError(f"its mode is {image.mode}, and only 8-bit grey, palette, RGB and RGBA are read")

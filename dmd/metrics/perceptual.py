@@ -29,6 +29,16 @@ def lpips_distance(
     Raises:
         InputError: the weights cannot be had, or are those of another network.
     """
+    net = lpips_network(backbone, weights, device)
+
+    def distance(a: Tensor, b: Tensor) -> Tensor:
+        return net(_prepare(a, size), _prepare(b, size)).flatten()
+
+    return distance
+
+
+def lpips_network(backbone: Backbone, weights: Path | None, device: torch.device) -> Any:
+    """The frozen network of LPIPS: (B, 3, H, W) twice in [-1, 1] to (B, 1, 1, 1). Arguments and errors as above."""
     import lpips
 
     try:
@@ -40,12 +50,7 @@ def lpips_distance(
         ) from None
     if weights is not None:
         _load_trunk(net.net, _read(weights), weights)
-    net = net.to(device).eval().requires_grad_(False)  # the linear layers arrive as trainable
-
-    def distance(a: Tensor, b: Tensor) -> Tensor:
-        return net(_prepare(a, size), _prepare(b, size)).flatten()
-
-    return distance
+    return net.to(device).eval().requires_grad_(False)  # the linear layers arrive as trainable
 
 
 def _prepare(x: Tensor, size: int) -> Tensor:

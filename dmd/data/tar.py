@@ -1,0 +1,72 @@
+"""The members of a tar file that anybody may have made: names, and where their bytes lie. Nothing is extracted.
+
+Headers are parsed by the standard library's `tarfile.TarInfo.frombuf`, one block at a time; `tarfile.open` would read
+extended headers of any size into memory and take a damaged header for the end of the archive.
+"""
+
+import os
+import re
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from dmd.errors import InputError
+
+BLOCK = tarfile.BLOCKSIZE
+MAX_EXTENDED = 2**16  # bytes of a header that names the next member
+PAX_PATH = re.compile(rb"(?:^|\n)\d+ path=([^\n]*)\n")
+
+
+class Member(NamedTuple):
+    """A regular file: its bytes are file[offset : offset + size]."""
+
+    name: str
+    offset: int
+    size: int
+
+
+def members(path: Path) -> Iterator[Member]:
+    """The regular members of an uncompressed tar file in their order; links, devices and the like are passed over.
+
+    Raises:
+        InputError: the file is cut short, or a header is damaged or claims what cannot be.
+        OSError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        end = os.fstat(file.fileno()).st_size
+        position, name = 0, None
+        while True:
+            block = file.read(BLOCK)
+            if len(block) == BLOCK and not any(block):
+                return
+            try:
+                info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+            except tarfile.HeaderError as error:
+                raise InputError(_cut(path, f"byte {position} begins no member ({error})")) from None
+            offset = position + BLOCK
+            if info.size < 0 or offset + info.size > end:
+                raise InputError(_cut(path, f"the member at byte {position} claims {info.size} bytes"))
+            if info.type in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME):
+                name = _long_name(path, file, info)
+            elif info.type in (tarfile.REGTYPE, tarfile.AREGTYPE):
+                yield Member(info.name if name is None else name, offset, info.size)
+            if info.type not in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK):
+                name = None
+            position = offset + -(-info.size // BLOCK) * BLOCK
+            file.seek(position)
+
+
+def _long_name(path: Path, file: BinaryIO, info: tarfile.TarInfo) -> str | None:
+    """The name that an extended header gives the next member; None if it is about other things."""
+    if info.size > MAX_EXTENDED:
+        raise InputError(_cut(path, f"an extended header claims {info.size} bytes"))
+    content = file.read(info.size)
+    if info.type == tarfile.GNUTYPE_LONGNAME:
+        return content.rstrip(b"\0").decode("utf-8", "surrogateescape")
+    found = PAX_PATH.search(content)
+    return found[1].decode("utf-8", "surrogateescape") if found else None
+
+
+def _cut(path: Path, why: str) -> str:
+    return f"{path} is not a whole .tar file: {why}; make or download it again"
