@@ -9,6 +9,7 @@ COMMANDS = {
     "teach": ("dmd.cli.parts", "teach", "train a teacher on real images"),
     "pairs": ("dmd.cli.parts", "pairs", "make noise-image pairs with a teacher"),
     "export": ("dmd.cli.export", "main", "a student for diffusers, ComfyUI and A1111"),
+    "evaluate": ("dmd.cli.evaluate", "main", "figures of networks and images against a reference"),
     "report": ("dmd.cli.parts", "report", "write report.html of a run again"),
 }
 

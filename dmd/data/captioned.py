@@ -54,7 +54,7 @@ def load(folder: str | Path, size: int) -> Captioned:
     for where, line in tqdm(lines, desc=f"reading {folder.name}", unit="image", delay=2, leave=False):
         caption = prompts.caption_of(where, line)
         if caption:
-            image = read_image(_file(folder, where, line), (size, size))
+            image = read_image(file_of(folder, where, line), (size, size))
             images.append(np.broadcast_to(image, (*image.shape[:2], 3)))
             captions.append(caption)
     if not captions:
@@ -62,8 +62,12 @@ def load(folder: str | Path, size: int) -> Captioned:
     return Captioned(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), captions)
 
 
-def _file(folder: Path, where: str, line: str) -> Path:
-    """The image that a line names, which lies in the folder."""
+def file_of(folder: Path, where: str, line: str) -> Path:
+    """The image that a line of metadata.jsonl names.
+
+    Raises:
+        InputError: it names none, or one that does not lie in the folder.
+    """
     name = json.loads(line).get("file_name")
     if not isinstance(name, str) or not name or "\0" in name:
         raise InputError(f"{where} has no file_name: each line names the image that it is about")
