@@ -165,7 +165,9 @@ def _numpy(found):
 @pytest.mark.parametrize(("count", "reference"), [(200, 300), (12, 300), (200, 12)])
 def test_a_weighted_set_is_at_the_distance_of_its_repeated_samples(count, reference):
     x, real = random_features(14, count, 16), moments(random_features(15, reference, 16))
-    weights = torch.bincount(torch.randint(count, (count,), generator=torch.Generator().manual_seed(0)), minlength=count)
+    weights = torch.bincount(
+        torch.randint(count, (count,), generator=torch.Generator().manual_seed(0)), minlength=count
+    )
     distance = resampled_distance(real, x)
     repeated = x.repeat_interleave(weights, 0)
     assert distance(weights.double()) == pytest.approx(frechet_distance(real, moments(repeated)), rel=1e-6)
