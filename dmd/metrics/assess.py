@@ -123,7 +123,12 @@ def caption_hits(source: Source) -> Look:
     Raises:
         InputError: the source has no captions, or one is of another world; by the look, for images of another size.
     """
-    scenes: list[Scene] = [shapes.parse(text) for text in _captions(source, "agreement with captions")]
+    scenes: list[Scene] = []
+    for number, text in enumerate(_captions(source, "agreement with captions")):
+        try:
+            scenes.append(shapes.parse(text))
+        except InputError as error:
+            raise InputError(f"the caption of {source.where(number)} cannot be read: {error}") from None
 
     def see(images: Sequence[Pixels], first: int) -> Tensor:
         for number, image in enumerate(images):

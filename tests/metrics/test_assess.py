@@ -156,7 +156,7 @@ def test_wrong_input_is_named(tmp_path):
         reference(tmp_path, FAKE.select([0, 1]))
     with pytest.raises(InputError, match="fake has no captions, which agreement with captions needs"):
         caption_hits(FAKE)
-    with pytest.raises(InputError, match="a cat"):
+    with pytest.raises(InputError, match="caption of x, image 0 cannot be read: 'cat' is not a word"):
         caption_hits(Arrays("x", FAKE.images[:1], None, ("a cat",)))
     small = Arrays("x", pixels(1, 8, 8, 3), None, (shapes.caption(shapes.scene(0, 0)),))
     with pytest.raises(InputError, match="x, image 0 has 8x8 pixels and 3 channels"):

@@ -22,8 +22,9 @@ def pixels(*shape, seed=0):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    from tests.teachers.tiny import write_tokenizer
     from transformers import CLIPConfig, CLIPModel
+
+    from tests.teachers.tiny import write_tokenizer
 
     folder = tmp_path_factory.mktemp("clip") / "clip"
     words = write_tokenizer(folder)
