@@ -184,7 +184,7 @@ def _tar(path: Path) -> Found:
             current = ""
             captions: dict[str, tuple[str, str]] = {}
             for member in archive:
-                sample, extension = sample_of(member.name)
+                sample, extension = split(member.name)
                 if sample != current:
                     yield from _caption(captions)
                     current, captions = sample, {}
@@ -196,7 +196,7 @@ def _tar(path: Path) -> Found:
         raise InputError(f"{path} is not a whole .tar file: {error}") from None
 
 
-def sample_of(name: str) -> tuple[str, str]:
+def split(name: str) -> tuple[str, str]:
     """Member name to (sample, extension), as webdataset cuts it: at the first dot of the last component."""
     folder, base = os.path.split(name)
     stem, _, extension = base.partition(".")

@@ -265,7 +265,7 @@ def _samples(shard: Path) -> Iterator[tuple[Entry, str | None]]:
         with tarfile.open(shard, "r:") as archive:
             current, image, texts = "", None, dict[str, str]()
             for member in archive:
-                sample, extension = prompts.sample_of(member.name)
+                sample, extension = prompts.split(member.name)
                 if sample != current:
                     if image is not None:
                         yield image, _caption(image, texts)
