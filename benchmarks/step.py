@@ -1,7 +1,8 @@
 """One DMD iteration against its bare parts: `python -m benchmarks.step [PRESET] [--quick]`.
 
 The parts are the network calls that the method cannot do without: the student's forward and backward on noises and
-pairs, the real and the fake score's forward, the fake score's forward and backward. The iteration also draws its batch,
+pairs, the real and the fake score's forward, the fake score's forward and backward; for text to image the text
+encoder's forward besides. The iteration also draws its batch,
 diffuses, computes the losses, clips and checks gradients, updates two networks and an average. Printed: how much of it
 is bare work (target: 95 % or more), model FLOPs utilisation (the parts' floating-point operations over what a large
 matrix product reaches on the same device), and how often each network was called (target: no hidden pass).
@@ -10,7 +11,7 @@ matrix product reaches on the same device), and how often each network was calle
 import argparse
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -25,13 +26,18 @@ from dmd.losses import squared_distance
 from dmd.pipeline import Pipeline
 from dmd.solvers import one_step
 from dmd.teachers import pixel
+from dmd.teachers.stable_diffusion import StableDiffusion
 
 CLASSES = tuple(str(i) for i in range(10))
 
 
 def distiller(config: Config, place: build.Workplace) -> tuple[Distiller, Pipeline]:
-    """A preset's distiller around a teacher of random weights."""
+    """A preset's distiller around its given teacher, or a pixel network of random weights."""
     t, d = config.teacher, config.data
+    if t.teacher is not None:
+        given = build.load_teacher(config, None, place, t.teacher)
+        given.denoiser.net.to(memory_format=torch.channels_last)
+        return build.distiller(config, given, place, squared_distance), given
     architecture = pixel.PixelConfig(
         CLASSES, d.channels, d.size, t.width, t.multipliers, t.blocks, t.attention, t.sigma_data
     )
@@ -44,13 +50,26 @@ def distiller(config: Config, place: build.Workplace) -> tuple[Distiller, Pipeli
     return build.distiller(config, pipeline, place, squared_distance), pipeline
 
 
-def bare(task: Distiller, batch: Batch) -> Callable[[], None]:
+def text_calls(pipeline: Pipeline, asked: Sequence[str]) -> Callable[[], object]:
+    """The text encoder's forward on prompts whose tokens are there already; nothing for classes."""
+    if not isinstance(pipeline, StableDiffusion):
+        return lambda: None
+    text = pipeline.text
+    found = text.tokenizer(
+        list(asked), padding="max_length", max_length=text.length, truncation=True, return_tensors="pt"
+    )
+    ids = found.input_ids.to(text.network.device)
+    return torch.no_grad()(lambda: text.network(ids))
+
+
+def bare(task: Distiller, batch: Batch, encode: Callable[[], object]) -> Callable[[], None]:
     """The network calls of one iteration, one after the other."""
     z, cond = torch.cat((batch.z, batch.z_ref)), batch.cond
     cond_x = {k: v[: len(batch.t)] for k, v in cond.items()}
     x_t = task.student.schedule.diffuse(batch.z, batch.noise, batch.t)
 
     def calls() -> None:
+        encode()
         task.student.zero_grad()
         one_step(task.student, z, cond).square().mean().backward()
         with torch.no_grad():
@@ -102,12 +121,14 @@ def main() -> None:
     config = with_run(preset(options.preset), mixed_precision=options.mixed_precision)
     place = build.workplace(config)
     task, pipeline = distiller(config, place)
-    spec = pairs.PairSpec("random", "heun", 1, 1.0, 0, len(CLASSES), "digits", pipeline.shape, 512, 512)
+    asked = CLASSES if config.data.prompts is None else build.prompts(config, None)
+    spec = pairs.PairSpec("random", "heun", 1, 1.0, 0, len(asked), "any", pipeline.shape, 512, 512)
     with tempfile.TemporaryDirectory() as folder:
         list(pairs.make(Path(folder), spec, [0], lambda z, _: z))
         pairs.finish(Path(folder), spec)
-        batches = build.distill_batches(config, pipeline, CLASSES, pairs.Pairs(Path(folder), spec), place)
-        parts = bare(task, batches(0).batches[0])
+        batches = build.distill_batches(config, pipeline, asked, pairs.Pairs(Path(folder), spec), place)
+        rows = config.distill.batch_size + config.distill.pair_batch_size
+        parts = bare(task, batches(0).batches[0], text_calls(pipeline, asked[:rows]))
         with FlopCounterMode(display=False) as counter:
             parts()
         flops = counter.get_total_flops()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,6 +59,7 @@ class DistillBatches:
         guidance_t_range: times of the real score's guidance; None takes it at those of the matching loss.
         pair_accumulation: micro-batches of the pairs, apart from those of the noises, as regression on decoded images
             needs several times their memory; None puts a part of both into each.
+        crop: regression compares a square of this height and width, at a random place in each step; None all.
     """
 
     seed: int
@@ -73,6 +75,7 @@ class DistillBatches:
     critic_steps: int = 1
     guidance_t_range: tuple[float, float] | None = None
     pair_accumulation: int | None = None
+    crop: int | None = None
 
     def __call__(self, step: int) -> Iteration:
         own = self.share.split(self.batch_size, "batch size")
@@ -115,7 +118,16 @@ class DistillBatches:
             critic_t=self._to(seeding.as_uniform(critic_t)),
             critic_noise=self._to(critic_noise),
             t_guidance=None if t_guidance is None else self._to(t_guidance),
+            window=self._window(step),
         )
+
+    def _window(self, step: int) -> tuple[Any, ...]:
+        """Where the crop is, the same for all micro-batches and processes, so that their number changes nothing."""
+        if self.crop is None:
+            return (...,)
+        free = torch.tensor(self.shape[-2:]) - self.crop + 1
+        words = seeding.bits(self.seed, Stream.CROP, step, torch.zeros(1, dtype=torch.int64), 2)[0]
+        return (..., *(slice(first, first + self.crop) for first in ((words * free) >> 32).tolist()))
 
     def _critic(self, step: int, k: int, index: Tensor) -> CriticBatch:
         """Draws of the k-th further critic update; its indices lie beyond those of the generator's batch."""

@@ -18,7 +18,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 import dmd
-from dmd import checkpoint, evaluation, log, pairs, teachers
+from dmd import checkpoint, evaluation, log, pairs, shipped, teachers
 from dmd.batches import DistillBatches, Share, TeachBatches
 from dmd.codec import Codec
 from dmd.config import Config, RunOptions, check
@@ -359,10 +359,12 @@ def metric(config: Config, device: torch.device) -> Distance:
     return lpips_distance(backbone, weights, config.distill.lpips_size, device)
 
 
-def regression(config: Config, metric: Distance, codec: Codec) -> Distance:
+def regression(config: Config, metric: Distance, codec: Codec, device: torch.device) -> Distance:
     """The regression distance of two samples: of what they decode to, or of themselves."""
     if config.distill.regression_on == "latents":
         return metric
+    if config.distill.regression_decoder != "full":
+        codec = teachers.tiny_codec(config.distill.regression_decoder, device)
     if config.memory.checkpoint_decoder:
         codec.recompute()
 
@@ -420,8 +422,9 @@ def ema_denoiser(task: Distiller) -> NetworkDenoiser:
 
 
 def feature_net(config: Config, data: ImageSet) -> FeatureNet:
-    """The Fréchet distance's network: a given CIFAR ResNet, or a small classifier trained on the data and cached."""
-    from dmd.metrics import networks
+    """The Fréchet distance's network: a given CIFAR ResNet, the one that ships for the world of shapes, or a small
+    classifier trained on the data and cached."""
+    from dmd.metrics import networks, shapes_net
 
     if config.evaluation.features is not None:
         net = networks.load_cifar_resnet(config.evaluation.features)
@@ -430,6 +433,8 @@ def feature_net(config: Config, data: ImageSet) -> FeatureNet:
                 f"--features {config.evaluation.features} takes images of {net.shape}, but the data has {data.shape}"
             )
         return net
+    if config.data.data == config.data.prompts == "shapes":
+        return shapes_net.load(shipped.FOLDER / "shapes-features")
     seed = config.run.seed % 2**32  # what torch's own generator can tell apart
     return networks.train_classifier(data, None, seed, Path(config.run.cache_dir) / "classifiers")
 
@@ -477,7 +482,15 @@ def distill_batches(
         d.critic_steps_per_generator_step,
         None if d.guidance_t_min is None or d.guidance_t_max is None else (d.guidance_t_min, d.guidance_t_max),
         d.pair_accumulation_steps,
+        _crop(config, teacher.shape),
     )
+
+
+def _crop(config: Config, shape: Sequence[int]) -> int | None:
+    crop = config.distill.regression_crop
+    if crop is not None and crop > min(shape[-2:]):
+        raise InputError(f"--regression-crop is {crop}, but samples have {shape[-2]} x {shape[-1]}: give less")
+    return crop
 
 
 def sinks(config: Config, folder: Path) -> Callable[[int], Sequence[log.Sink]]:

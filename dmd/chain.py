@@ -25,6 +25,12 @@ COLUMNS = {
 }  # fmt: skip
 """Figures of the table at the end, where there are such, and their titles."""
 
+CARD = (
+    "preset", "metric", "samples", "generator_updates", "distil_seconds", "wall_seconds", "teacher", "student",
+    "fd_ratio", "caption_agreement", "accuracy", "speedup",
+)  # fmt: skip
+"""What of the summary goes into a student's card.json."""
+
 INPUTS = "inputs.json"
 """File of a run directory with the checksums of what the run was given."""
 
@@ -88,7 +94,7 @@ class Chain:
         place.first(lambda: checkpoint.write_json(self.folder / INPUTS, self.inputs))
         store = self._pairs(teacher)
         judge = build.judge(config, teacher, self.data, self.reference, self.prompts, place)
-        distance = build.regression(config, self.metric, teacher.codec)
+        distance = build.regression(config, self.metric, teacher.codec, place.device)
         distiller = build.distiller(config, teacher, place, distance)
         progress = self._distil(distiller, teacher, store, judge)
         if progress.step < config.distill.max_train_steps:
@@ -190,6 +196,7 @@ class Chain:
         summary = self._summary(progress, figures, judge)
         checkpoint.write_json(self.folder / "summary.json", summary)
         teacher.save(student.denoiser, self.folder / "student", self._made(progress.step) | _card(summary))
+        checkpoint.write_json(self.folder / "student" / "card.json", self._facts(summary))
         self._say(f"{self._verdict(figures, judge)}\nreport: {report.write(self.folder)}")
 
     def _summary(self, progress: Progress, figures: dict[str, Any], judge: evaluation.Judge) -> dict[str, Any]:
@@ -223,6 +230,15 @@ class Chain:
             if name in teacher:
                 summary[name] = {"teacher": teacher[name], "student": student[name]}
         return summary
+
+    def _facts(self, summary: dict[str, Any]) -> dict[str, Any]:
+        """A student's card.json. Of folders it tells no more than their names: where they lie is nobody's business."""
+        teacher = Path(self.source).resolve().name if Path(self.source).is_dir() else str(self.source)
+        figures = {k: summary[k] for k in CARD if k in summary}
+        for who in ("teacher", "student"):
+            figures[who] = {k: v for k, v in figures[who].items() if k != "folder"}
+        card = {"teacher": teacher, "guidance": self.config.pairs.guidance, "figures": figures}
+        return card | {"environment": build.environment(self.place)}
 
     def _verdict(self, figures: dict[str, Any], judge: evaluation.Judge) -> str:
         """A table of the figures that there are."""

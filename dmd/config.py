@@ -122,6 +122,12 @@ class DistillOptions:
     regression_on: Literal["images", "latents"] = "images"
     """Compare decoded images, through the decoder and back for every pair, or the latents themselves, which costs
     nothing. The same for pixel networks."""
+    regression_crop: int | None = None
+    """Compare no more than a random square of the latents, of this height and width, decoded or not: a quarter of the
+    cost at half the side."""
+    regression_decoder: str = "full"
+    """What decodes latents for the regression on images: "full", "tiny" (madebyollin/taesd from the hub, a fifteenth of
+    the cost), or the folder of an AutoencoderTiny."""
     lpips_weights: str | None = None
     """File with the backbone of LPIPS (torchvision's state dict, .pth or .safetensors)."""
     lpips_size: int = 64
@@ -244,6 +250,7 @@ def check(config: Config) -> None:
         "--pair-shard-size": config.pairs.pair_shard_size, "--checkpoints-total-limit": r.checkpoints_total_limit,
         "--learning-rate": d.learning_rate, "--max-grad-norm": d.max_grad_norm, "--log-every": r.log_every,
         "--pair-accumulation-steps": 1 if d.pair_accumulation_steps is None else d.pair_accumulation_steps,
+        "--regression-crop": 1 if d.regression_crop is None else d.regression_crop,
         "--captions": config.data.captions, "--repeats": e.repeats,
         "--compare-steps": config.pairs.teacher_steps if e.compare_steps is None else e.compare_steps,
         "--p-std": config.teacher.p_std, "--lpips-size": d.lpips_size,
@@ -405,11 +412,11 @@ PRESETS: dict[str, Config] = {
         evaluation=EvaluationOptions(eval_every=5000, eval_samples=5000, final_samples=50_000),
         run=RunOptions(output_dir="runs/cifar10", mixed_precision="bf16", checkpointing_steps=5000, log_every=100),
     ),
-    # one or two captioned shapes at 64 x 64, from the miniature that `dmd teach shapes` makes; not tuned yet
+    # text to image: one or two captioned shapes at 64 x 64, from the miniature Stable Diffusion that ships
     "shapes": Config(
         preset="shapes",
-        data=DataOptions(data=None, prompts="shapes", size=64, channels=3),
-        teacher=TeacherOptions(teacher="runs/shapes-teacher"),
+        data=DataOptions(data="shapes", prompts="shapes", size=64, channels=3),
+        teacher=TeacherOptions(teacher="shapes-teacher"),
         pairs=PairOptions(pairs=1000, solver="ddim", teacher_steps=20, guidance=2.0, pair_shard_size=250),
         distill=DistillOptions(
             max_train_steps=400, batch_size=32, pair_batch_size=16, learning_rate=5e-4,
@@ -417,6 +424,19 @@ PRESETS: dict[str, Config] = {
         ),
         evaluation=EvaluationOptions(eval_every=200, eval_samples=200, final_samples=400, compare_steps=50),
         run=RunOptions(output_dir="runs/shapes", checkpointing_steps=200),
+    ),
+    # captioned images of 64 x 64 pixels and the teacher that `dmd teach folder` makes of them; for one GPU
+    "emoji": Config(
+        preset="emoji",
+        data=DataOptions(data=None, prompts="data/emoji/train", size=64, channels=3),
+        teacher=TeacherOptions(teacher="runs/emoji-teacher"),
+        pairs=PairOptions(pairs=50_000, solver="ddim", teacher_steps=50, guidance=3.0),
+        distill=DistillOptions(
+            max_train_steps=20_000, batch_size=128, pair_batch_size=128, learning_rate=1e-4, lr_warmup_steps=500,
+            lr_cooldown_steps=10_000, ema=0.999, lambda_reg=1.0, regression_on="latents",
+        ),
+        evaluation=EvaluationOptions(eval_every=2000, eval_samples=64, final_samples=1000),
+        run=RunOptions(output_dir="runs/emoji", mixed_precision="bf16", checkpointing_steps=2000, log_every=100),
     ),
     # Stable Diffusion v1.5 as the paper distilled it (appendix, "aesthetic score above 6.25"): 72 A100, 36 hours
     "sd15": Config(

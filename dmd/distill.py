@@ -9,6 +9,7 @@ that training mode would change.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,8 @@ class Batch:
     score: M = B (class-conditional, as in the paper), B + R (text to image) or 0 (the regression-only ablation).
 
     Shapes: z (B, ...), z_ref and y_ref (R, ...), cond rows B + R; noise, critic_noise (M, ...), t, critic_t (M,).
-    t_guidance (M,) are times of the real score's guidance, where it has others than the rest of the gradient.
+    t_guidance (M,) are times of the real score's guidance, where it has others than the rest of the gradient. `window`
+    is the part of samples and targets, an index of (R, ...), that regression compares: all of them if left out.
     """
 
     z: Tensor
@@ -46,6 +48,7 @@ class Batch:
     critic_t: Tensor
     critic_noise: Tensor
     t_guidance: Tensor | None = None
+    window: tuple[Any, ...] = (...,)
 
 
 @dataclass(frozen=True)
@@ -174,11 +177,14 @@ class Distiller:
                 add(part, health | {"loss/matching": matching.detach()})
                 samples.append(Samples(x.detach(), cond, batch.critic_t, batch.critic_noise))
             if len(x_ref):
-                regression, part = self.distance(x_ref, batch.y_ref).mean(), len(x_ref) / paired
+                regression, part = self._regression(x_ref, batch), len(x_ref) / paired
                 loss = loss + part * self.lambda_reg * regression
                 add(part, {"loss/regression": regression.detach()} | _drift(x_ref.detach(), batch.y_ref))
             loss.backward()
         return samples, figures
+
+    def _regression(self, x_ref: Tensor, batch: Batch) -> Tensor:
+        return self.distance(x_ref[batch.window], batch.y_ref[batch.window]).mean()
 
     @torch.no_grad()
     def _match(self, x: Tensor, batch: Batch, cond: Cond) -> tuple[Tensor, dict[str, Tensor]]:

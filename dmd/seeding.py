@@ -39,6 +39,7 @@ class Stream(enum.IntEnum):
     SHAPES_SCENE = 16  # what the world of captioned shapes shows
     SHAPES_DRAWING = 17  # and where exactly: jitter of place, size and rotation
     GUIDANCE_TIME = 19  # t of the real score's guidance, where it has its own
+    CROP = 20  # which part of paired samples the regression compares
     LATENT_NOISE = 18  # of an autoencoder's posterior while it is taught
     RESAMPLE = 40  # which samples a bootstrap draws
     SUBSET = 41  # which samples a subset of the kernel distance holds

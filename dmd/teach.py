@@ -1,5 +1,5 @@
-"""Training a small teacher: plain denoising score matching (EDM, arXiv 2206.00364), and the autoencoder and text encoder
-of a latent one."""
+"""Training a small teacher: plain denoising score matching (EDM, arXiv 2206.00364), and the autoencoder and text
+encoder of a latent one."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -230,3 +230,25 @@ def test_guidance_has_times_of_its_own_where_asked():
     assert equal(rows(plain), {k: v for k, v in rows(apart).items() if k != "t_guidance"})
     assert ((apart.t_guidance > 0.5) & (apart.t_guidance < 0.75)).all()
     assert len(apart.t_guidance.unique()) == len(apart.t)
+
+
+def test_crops_are_everywhere_alike_and_cover_all_places():
+    """One square a step, wherever the work is done; over many steps each place is equally likely."""
+    shape, crop = (1, 4, 6), 3
+    seen = []
+    for step in range(600):
+        (window,) = (b.window for b in distil(crop=crop, shape=shape, pairs=None)(step).batches)
+        for rank in (0, 1) if step < 20 else ():
+            shared = distil(Share(rank, 2, 2), crop=crop, shape=shape, pairs=None)(step).batches
+            assert [b.window for b in shared] == [window, window]
+        x = torch.arange(24).reshape(shape)[window]
+        assert x.shape == (1, crop, crop)
+        seen.append(int(x[0, 0, 0]))
+    places, counts = torch.tensor(seen).unique(return_counts=True)
+    assert places.tolist() == [6 * row + column for row in (0, 1) for column in (0, 1, 2, 3)]
+    assert scipy.stats.chisquare(counts).pvalue > 1e-3
+
+
+def test_without_a_crop_all_is_compared():
+    x = torch.arange(6).reshape(2, 3)
+    assert torch.equal(x[distil()(0).batches[0].window], x)

@@ -10,9 +10,14 @@ from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 
-from dmd import teach_shapes
+from dmd import build, teach_shapes, teachers
 from dmd.build import Workplace
 from dmd.cli import sample, train
+from dmd.config import read
+from dmd.losses import squared_distance
+from dmd.pairs import Pairs
+from dmd.solvers import one_step
+from dmd.teach_miniature import MiniatureOptions
 from dmd.teach_shapes import ShapesOptions
 from dmd.teachers.miniature import MiniatureConfig
 
@@ -27,11 +32,11 @@ PROMPTS = ["a small red circle at the left on a blue background", "黒い丸", "
 def world(tmp_path_factory):
     """A teacher, and a finished run of four steps."""
     root = tmp_path_factory.mktemp("world")
-    options = ShapesOptions(
-        output_dir=str(root / "teacher"), autoencoder_steps=1, autoencoder_batch_size=2, decoder_steps=1, drawings=8,
-        steps=1, batch_size=2, samples=2, cpu=True, network=SMALL,
+    training = MiniatureOptions(
+        output_dir=str(root / "teacher"), autoencoder_steps=1, autoencoder_batch_size=2, decoder_steps=1, text_steps=1,
+        text_batch_size=2, steps=1, batch_size=2, samples=2, cpu=True, network=SMALL,
     )  # fmt: skip
-    assert teach_shapes.teach(options, Workplace(Accelerator(cpu=True), None))
+    assert teach_shapes.teach(ShapesOptions(8, training), Workplace(Accelerator(cpu=True), None))
     (root / "prompts.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
     train.main(flags(root, root / "run"))
     return root
@@ -122,6 +127,36 @@ def test_a_run_with_adapters_resumes_and_its_checkpoint_holds_them_alone(world):
     train.main(flags(world, world / "lora-again", *more, "--max-train-steps", "2"))
     train.main(flags(world, world / "lora-again", *more))
     assert equal(weights(world / "lora"), weights(world / "lora-again"))
+
+
+def test_regression_can_be_of_a_crop_and_through_a_tiny_decoder(world, tmp_path):
+    """Against the same losses by hand: of a first step, no other figure changes."""
+    from diffusers import AutoencoderTiny
+
+    teacher = teachers.load(world / "teacher")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        tiny = AutoencoderTiny(
+            encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
+            num_decoder_blocks=(1, 1), latent_channels=teacher.shape[0],
+        )  # fmt: skip
+    tiny.save_pretrained(tmp_path / "tiny")
+    more = ("--regression-on", "images", "--regression-decoder", str(tmp_path / "tiny"), "--regression-crop", "2")
+    train.main(flags(world, tmp_path / "run", *more, "--max-train-steps", "1"))
+    a, b = figures(world / "run")[0], figures(tmp_path / "run")[0]
+    assert a["health/matching_part"] == b["health/matching_part"]
+
+    config = read(tmp_path / "run" / "config.json")
+    teacher = build.load_teacher(config, None, build.workplace(config), world / "teacher")
+    asked = build.prompts(config, None)
+    spec = build.pair_spec(config, teacher, asked)
+    store = Pairs(build.pair_folder(config, spec), spec)
+    batch = build.distill_batches(config, teacher, asked, store, build.workplace(config))(0).batches[0]
+    with torch.no_grad():
+        x = one_step(teacher.denoiser, batch.z_ref, {k: v[len(batch.z) :] for k, v in batch.cond.items()})
+        images = [tiny.decode(v[batch.window] / tiny.config.scaling_factor).sample for v in (x, batch.y_ref)]
+    assert images[0].shape[-1] == 4
+    assert b["loss/regression"] == pytest.approx(squared_distance(*images).mean().item(), rel=1e-3)
 
 
 def test_a_real_score_in_bf16_is_near_the_one_in_float32(world):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from dmd import shipped
 from dmd.cli.flags import guarded, read
 from dmd.cli.train import is_run
 from dmd.config import Config, RunOptions
@@ -43,8 +44,8 @@ class EvaluateOptions:
     protocol: Literal["clean-fid", "coco30k", "dinov2"] | None = None
     """Network and resizing of published figures. Left out, --network, or that of the student's run."""
     network: str | None = None
-    """inception, timm:NAME, torchvision:NAME, transformers:FOLDER_OR_ID, a resnetNN-*.th file, or the folder of a run's
-    classifier."""
+    """inception, timm:NAME, torchvision:NAME, transformers:FOLDER_OR_ID, a resnetNN-*.th file, the folder of a run's
+    classifier, or shapes-features, which ships."""
     weights: str | None = None
     """The network's state dict, .safetensors or .pth; for FID the file inception-2015-12-05.pt."""
     download: bool = False
@@ -213,23 +214,23 @@ def _sources(
     name: str, options: EvaluateOptions, run: Config | None, protocol: "Protocol | None", place: "Workplace"
 ) -> "list[Source]":
     """A network, with its teacher if asked for; or images."""
-    folder = Path(name)
-    if run is not None:
-        student = folder if folder.resolve().name == "student" else folder / "student"
-        own = 1 if options.teacher else options.steps or 1
-        found = [_network(str(student), name, options, run, protocol, place, own)]
+    folder = Path(shipped.resolve(name))
+    if run is None and (name in DRAWN or not _is_network(folder, name)):
         if options.teacher:
-            from dmd.cli.sample import teacher_of
-
-            source, _ = teacher_of(student)
-            steps = run.evaluation.compare_steps or run.pairs.teacher_steps
-            found.append(_network(source, "teacher", options, run, protocol, place, options.steps or steps))
-        return found
-    if options.teacher:
-        raise InputError(f"{name} is not in a run, so its teacher is not known: measure it by its folder and --steps")
-    if name in DRAWN or not _is_network(folder, name):
+            raise InputError(f"{name} is no network, so it has no teacher: leave out --teacher")
         return [_part(_images(name, options.seed), options.samples)]
-    return [_network(name, name, options, None, protocol, place, options.steps or _one_step(folder))]
+    if run is not None and folder.resolve().name != "student":
+        folder = folder / "student"
+    alone = 1 if options.teacher else options.steps or (1 if run is not None else _one_step(folder))
+    found = [_network(str(folder), name, options, run, protocol, place, alone, None)]
+    if options.teacher:
+        from dmd.cli.sample import teacher_of
+
+        source, guidance = teacher_of(folder)
+        usual = 50 if run is None else run.evaluation.compare_steps or run.pairs.teacher_steps
+        steps = options.steps or usual
+        found.append(_network(source, "teacher", options, run, protocol, place, steps, guidance))
+    return found
 
 
 def _is_network(folder: Path, name: str) -> bool:
@@ -274,8 +275,9 @@ def _part(source: Any, samples: int | None) -> "Source":
 
 def _network(
     folder: str, name: str, options: EvaluateOptions, run: Config | None, protocol: "Protocol | None",
-    place: "Workplace", steps: int,
+    place: "Workplace", steps: int, guidance: float | None,
 ) -> "Source":  # fmt: skip
+    """Images of a network: `guidance` is that of many steps, where no option says it."""
     import torch
 
     from dmd import build, teachers
@@ -291,9 +293,8 @@ def _network(
     how = "one step"
     generator = student_generator(pipeline.denoiser)
     if steps > 1:
-        scale = options.guidance_scale
-        if scale is None:
-            scale = 1.0 if run is None else run.pairs.guidance
+        usual = 1.0 if guidance is None else guidance
+        scale = usual if options.guidance_scale is None else options.guidance_scale
         solver = options.solver or ("heun" if isinstance(pipeline.denoiser.schedule, Karras) else "ddim")
         if run is not None and options.solver is None:
             solver = run.pairs.solver
@@ -368,6 +369,7 @@ def _yardstick(
     if specification is not None:
         weights = Path(options.weights) if options.weights else None
         size = protocol.size if protocol else None
+        specification = str(shipped.resolve(specification))
         extractor = backbones.load(specification, weights, options.download, Path(options.cache_dir), size)
     elif config is not None and config.data.data is not None:
         net = build.feature_net(config, data if data is not None else build.image_set(config))

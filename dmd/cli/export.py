@@ -7,6 +7,7 @@ from typing import Annotated
 
 import tyro
 
+from dmd import shipped
 from dmd.cli.flags import guarded, read
 from dmd.errors import InputError
 
@@ -16,7 +17,7 @@ class ExportOptions:
     """Export a student that draws from text: to a folder for diffusers, or to one file for ComfyUI and A1111."""
 
     student: Annotated[str, tyro.conf.Positional]
-    """Folder of the student, as a run writes it."""
+    """Folder of the student, as a run writes it, or shapes-student, which ships."""
     out: str
     """A new folder, or a new file whose name ends in .safetensors."""
     half: bool = False
@@ -29,7 +30,7 @@ def main(argv: Sequence[str], prog: str = "dmd export") -> None:
 
 def export(options: ExportOptions) -> None:
     """Write the folder or file and say where it is. Raises InputError if something is there already."""
-    student, out = Path(options.student), Path(options.out)
+    student, out = Path(shipped.resolve(options.student)), Path(options.out)
     if not student.is_dir():
         raise InputError(f"{student} is no folder: give the folder of a student")
     if out.exists():

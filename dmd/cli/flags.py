@@ -29,15 +29,15 @@ class Command:
     """Print the resolved config and stop."""
 
 
-def parse(argv: Sequence[str], prog: str, description: str) -> Command:
-    """Flags over a preset (the first argument, or `digits`).
+def parse(argv: Sequence[str], prog: str, description: str, default: str = "digits") -> Command:
+    """Flags over a preset (the first argument, or `default`).
 
     Raises:
         InputError: unknown preset or flag, or a value that is out of range or of another kind.
         SystemExit: with code 0 for --help.
     """
     rest = list(argv)
-    name = rest.pop(0) if rest and not rest[0].startswith("-") else "digits"
+    name = rest.pop(0) if rest and not rest[0].startswith("-") else default
     kind: Any = tyro.conf.OmitArgPrefixes[Annotated[Command, tyro.conf.arg(name="")]]
     text = f"{description}\n\nPresets: {', '.join(PRESETS)}. The defaults below are those of {name!r}."
     command = read(kind, rest, f"{prog} [PRESET]", default=Command(preset(name)), description=text)

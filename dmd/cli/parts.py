@@ -1,9 +1,9 @@
 """`dmd teach`, `dmd pairs` and `dmd report`: the links of the chain that people also want alone."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -11,11 +11,17 @@ from dmd.cli import flags
 from dmd.config import Config, RunOptions
 from dmd.errors import InputError
 
+if TYPE_CHECKING:
+    from dmd.build import Workplace
+    from dmd.teach_miniature import MiniatureOptions
+
 
 def teach(argv: Sequence[str], prog: str) -> None:
     """Train a teacher and say where it is."""
     if argv[:1] == ["shapes"]:
         return flags.guarded(lambda: _teach_shapes(argv[1:], f"{prog} shapes"))
+    if argv[:1] == ["folder"]:
+        return flags.guarded(lambda: _teach_folder(argv[1:], f"{prog} folder"))
 
     def work(config: Config) -> None:
         from dmd import build
@@ -31,16 +37,30 @@ def teach(argv: Sequence[str], prog: str) -> None:
         if (done or build.teach(config, data, place, folder)) and place.main:
             print(f"teacher: {folder}")
 
-    _with_config(argv, prog, "Train the many-step teacher on real images.", work)
+    _with_config(argv, prog, "Train the many-step teacher on real images.", work, default="digits")
 
 
 def _teach_shapes(argv: Sequence[str], prog: str) -> None:
-    from dmd import build, teach_shapes
+    from dmd import teach_shapes
 
-    options = flags.read(teach_shapes.ShapesOptions, argv, prog)
-    place = build.start(RunOptions(cpu=options.cpu, mixed_precision="bf16" if options.mixed_precision else "no"))
-    if teach_shapes.teach(options, place) and place.main:
-        print(f"teacher: {options.output_dir}")
+    options = flags.read(tyro.conf.OmitArgPrefixes[teach_shapes.ShapesOptions], argv, prog)
+    _teach_miniature(options.training, lambda place: teach_shapes.teach(options, place))
+
+
+def _teach_folder(argv: Sequence[str], prog: str) -> None:
+    from dmd import teach_folder
+
+    options = flags.read(tyro.conf.OmitArgPrefixes[teach_folder.FolderOptions], argv, prog)
+    _teach_miniature(options.training, lambda place: teach_folder.teach(options, place))
+
+
+def _teach_miniature(training: "MiniatureOptions", work: "Callable[[Workplace], bool]") -> None:
+    from dmd import build
+
+    precision: Any = "bf16" if training.mixed_precision else "no"
+    place = build.start(RunOptions(cpu=training.cpu, mixed_precision=precision))
+    if work(place) and place.main:
+        print(f"teacher: {training.output_dir}")
 
 
 def pairs(argv: Sequence[str], prog: str) -> None:
@@ -85,7 +105,7 @@ def report(argv: Sequence[str], prog: str) -> None:
 
 def _with_config(argv: Sequence[str], prog: str, description: str, work: "flags.Work", default: str = "shapes") -> None:
     def guarded() -> None:
-        command = flags.parse(argv, prog, description)
+        command = flags.parse(argv, prog, description, default)
         if command.dry_run:
             flags.show(command.config)
         else:

@@ -12,11 +12,11 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from dmd import shipped
 from dmd.cli.flags import guarded, read
 from dmd.errors import InputError
 
 MAX_SEEDS = 1_000_000
-TINY = "madebyollin/taesd"
 EXAMPLE = "a small red circle at the left on a blue background"
 
 
@@ -29,7 +29,7 @@ class SampleOptions:
     prompts: str | None = None
     """File or folder of further prompts: .txt, .jsonl, .parquet, webdataset, or images with metadata.jsonl."""
     student: str = "runs/digits/student"
-    """Folder of a student or a teacher, pixels or text to image."""
+    """Folder of a student or a teacher, pixels or text to image; or shapes-student or shapes-teacher, which ship."""
     teacher: bool = False
     """Beside it also sample its teacher, in many steps from the same noise."""
     steps: int | None = None
@@ -108,7 +108,7 @@ def sample(options: SampleOptions) -> None:
     device = _device(options.device)
     autocast = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[options.precision]
     student = teachers.load(options.student, device, autocast)
-    codec = student.codec if options.decoder == "full" else teachers.tiny_codec(options.decoder, device, TINY)
+    codec = student.codec if options.decoder == "full" else teachers.tiny_codec(options.decoder, device)
     prompts = prompts or list(student.classes)
     if not prompts:
         raise InputError(f"what should the images show? Give a prompt, such as: sample.py {EXAMPLE!r}")
@@ -127,7 +127,7 @@ def sample(options: SampleOptions) -> None:
         scale = 1.0 if options.guidance_scale is None else options.guidance_scale
         runs = [("many steps", student, steps_of(student, scale))]
     if options.teacher:
-        source, guidance = teacher_of(Path(options.student))
+        source, guidance = teacher_of(Path(shipped.resolve(options.student)))
         teacher = teachers.load(source, device, autocast)
         scale = guidance if options.guidance_scale is None else options.guidance_scale
         runs.append(("teacher", teacher, steps_of(teacher, scale)))
@@ -174,21 +174,26 @@ def _images(
 
 
 def teacher_of(student: Path) -> tuple[str, float]:
-    """A student's teacher and the guidance scale that it was distilled with, from the run that the student lies in.
+    """A student's teacher and the guidance scale that it was distilled with, from the run that the student lies in or
+    from its own card.
 
     Raises:
-        InputError: the folder is not in a finished run.
+        InputError: the folder is not in a finished run, and its card names no teacher that could be had.
     """
     run = student.resolve().parent
     try:
         guidance = json.loads((run / "config.json").read_text(encoding="utf-8"))["pairs"]["guidance"]
-        teacher = json.loads((run / "summary.json").read_text(encoding="utf-8"))["teacher"]["folder"]
+        return json.loads((run / "summary.json").read_text(encoding="utf-8"))["teacher"]["folder"], float(guidance)
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    try:
+        card = json.loads((student / "card.json").read_text(encoding="utf-8"))
+        return str(card["teacher"]), float(card["guidance"])
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(
-            f"{student} is not in a finished run, so its teacher is not known: give the teacher's folder as --student "
-            "with --steps 50"
+            f"{student} is not in a finished run and has no card.json, so its teacher is not known: give the teacher's "
+            "folder as --student with --steps 50"
         ) from None
-    return str(teacher), float(guidance)
 
 
 def slug(prompt: str) -> str:

@@ -188,6 +188,23 @@ def held_out(scene: Scene) -> bool:
     return any((thing.shape, thing.colour) in HELD_OUT for thing in scene.things)
 
 
+PLACED = {"above": ("top", "bottom"), "below": ("bottom", "top"), "left of": ("left", "right")}
+PLACED |= {"right of": ("right", "left")}
+"""Where the two things of a relation are."""
+ANSWERS = [len(COLOURS) + 1, *[len(SHAPES) + 1, len(COLOURS) + 1, len(SIZES) + 2] * len(PLACES)]
+"""How many answers there are to each of the questions that a caption answers, see `answers`."""
+
+
+def answers(scene: Scene) -> list[int]:
+    """The background's number, and for each of `PLACES` those of shape, colour and size there; 0 is none."""
+    found = {name: [0, 0, 0] for name in PLACES}
+    at = (scene.where,) if len(scene.things) == 1 else PLACED[scene.where]
+    for place, thing in zip(at, scene.things, strict=True):
+        size = 1 + [*SIZES, None].index(thing.size)
+        found[place] = [1 + SHAPES.index(thing.shape), 1 + list(COLOURS).index(thing.colour), size]
+    return [1 + list(COLOURS).index(scene.background), *(number for numbers in found.values() for number in numbers)]
+
+
 # ----------------------------------------------------------------------------- scenes at random
 
 

@@ -4,6 +4,7 @@ Each becomes an `Extractor`, which knows how an image becomes its input and what
 Nothing is downloaded unless that was asked for, and no file is unpickled.
 """
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,13 +17,13 @@ from torch import Tensor, nn
 
 from dmd import checkpoint
 from dmd.errors import InputError
-from dmd.metrics import inception, networks
+from dmd.metrics import inception, networks, shapes_net
 from dmd.metrics.networks import IMAGENET_MEAN, IMAGENET_STD, FeatureNet
 from dmd.metrics.protocols import Prepare, bicubic, exactly
 
 SPECIFICATIONS = (
     "inception, timm:NAME, torchvision:NAME, transformers:FOLDER_OR_ID, a resnetNN-*.th file of "
-    "pytorch_resnet_cifar10, or the folder of a classifier that a run has trained"
+    "pytorch_resnet_cifar10, the folder of a classifier that a run has trained, or shapes-features"
 )
 
 
@@ -121,10 +122,19 @@ def load(
         raise InputError(f"--weights {weights} cannot be used with {specification}: give a network of {SPECIFICATIONS}")
     path = Path(specification)
     if path.is_dir():
-        return of_classifier(networks.load_classifier(path))
+        return of_classifier(_classifier(path))
     if path.suffix == ".th" or path.is_file():
         return of_classifier(networks.load_cifar_resnet(path))
     raise InputError(f"there is no network {specification!r}: give {SPECIFICATIONS}")
+
+
+def _classifier(folder: Path) -> FeatureNet:
+    """A network that a run has trained, or that of the world of shapes."""
+    try:
+        name = json.loads((folder / networks.CONFIG).read_text(encoding="utf-8"))["name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        name = None  # for the reader to complain of
+    return shapes_net.load(folder) if name == shapes_net.NAME else networks.load_classifier(folder)
 
 
 def of_classifier(net: FeatureNet) -> Extractor:

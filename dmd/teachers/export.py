@@ -27,6 +27,8 @@ TOKENIZER = (
     "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json",
 )  # fmt: skip
+CARD = "card.json"
+"""What a student was made of, for programs; `README.md` says it to people."""
 FORMAT = {"format": "pt"}
 """Header of all weights: transformers asks for it."""
 
@@ -79,6 +81,8 @@ def convert_student(student: Path, folder: Path, *, half: bool = False) -> None:
     readme = student / "README.md"
     card = readme.read_text(encoding="utf-8") if readme.is_file() else model_card(folder.name, "not known")
     _write(_read(student, "unet"), student, folder, torch.float16 if half else torch.float32, None, card)
+    if (student / CARD).is_file():
+        _copy(student / CARD, folder / CARD)
 
 
 def single_file(folder: Path, path: Path, *, half: bool = False) -> None:
@@ -197,10 +201,10 @@ def _write(
         _copy_tokenizer(origin / "tokenizer", temporary / "tokenizer")
         (temporary / "scheduler").mkdir()
         checkpoint.write_json(temporary / "scheduler" / "scheduler_config.json", scheduler_config(settings))
-        (temporary / "README.md").write_text(card, encoding="utf-8")
-        _sync(temporary / "README.md")
         _copy(origin / "unet" / "config.json", temporary / "unet" / "config.json")
         checkpoint.save_tensors(tensors, temporary / "unet" / f"{layout.STEMS['unet']}.safetensors", FORMAT)
+        (temporary / "README.md").write_text(_with_files(card, temporary), encoding="utf-8")
+        _sync(temporary / "README.md")
         checkpoint.write_json(temporary / "model_index.json", _index(settings))
         if folder.exists():
             folder.rename(old)
@@ -209,6 +213,15 @@ def _write(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _with_files(card: str, folder: Path) -> str:
+    """A card with the sizes and checksums of the weights in a folder, in place of those that it had."""
+    rows = ["", "## Files", "", "| | bytes | sha256 |", "|---|---|---|"]
+    for path in sorted(folder.glob("*/*.safetensors")):
+        facts = checkpoint.describe(path)
+        rows.append(f"| `{path.relative_to(folder)}` | {facts['size']:,} | `{facts['sha256']}` |")
+    return "\n".join([card.split("\n## Files\n")[0].rstrip(), *rows, ""])
 
 
 def _index(settings: layout.Settings) -> dict[str, Any]:

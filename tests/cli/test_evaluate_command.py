@@ -186,7 +186,7 @@ def test_options_are_checked_first(options, sentence):
         (["B", "--reference", "A", "--protocol", "clean-fid"], "FID needs inception-2015-12-05.pt"),
         (["B", "--reference", "A", "--protocol", "clean-fid", "--weights", "A"], "is not inception-2015-12-05.pt"),
         (["B", "--reference", "A", "--network", "NET", "--samples", "201"], "--samples 201 are more than there are"),
-        (["B", "--teacher"], "is not in a run, so its teacher is not known"),
+        (["B", "--teacher"], "is no network, so it has no teacher"),
         (["B", "--read-captions"], "has no captions"),
         (["BROKEN", "--reference", "A", "--network", "NET"], "x.jpg is not a readable 8-bit image"),
         (["COLOUR", "--reference", "A", "--network", "NET"], "in colour, but FD-SmallConvNet takes grey"),

@@ -306,3 +306,19 @@ def test_coverage_equals_polygons_that_pil_draws(shape):
 
 def test_colours_are_far_apart():
     assert min(math.dist(a, b) for a, b in itertools.combinations(COLOURS.values(), 2)) > 120
+
+
+def test_answers_are_equal_where_captions_mean_the_same():
+    """Of two things each may come first; nothing else that a caption says can change and the answers stay."""
+    meanings: dict[tuple[int, ...], set[frozenset]] = {}
+    opposite = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
+    for scene in shapes.scenes(1, torch.arange(3000)):
+        ways = {scene}
+        if len(scene.things) == 2:
+            ways.add(shapes.Scene(scene.things[::-1], opposite[scene.where], scene.background))
+        found = {tuple(shapes.answers(way)) for way in ways}
+        assert len(found) == 1
+        numbers = found.pop()
+        assert all(0 <= n < count for n, count in zip(numbers, shapes.ANSWERS, strict=True))
+        meanings.setdefault(numbers, set()).add(frozenset(ways))
+    assert all(len(scenes) == 1 for scenes in meanings.values())

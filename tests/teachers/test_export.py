@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import hashlib
 import itertools
 import json
 import logging
@@ -203,8 +204,10 @@ def test_half_precision(student, source, tmp_path, z):
     export.convert_student(folder, tmp_path / "again", half=True)
     assert files(tmp_path / "again") == files(folder)
     for name in files(folder):
-        expected = (folder if name == "README.md" else tmp_path / "half") / name
-        assert (tmp_path / "again" / name).read_bytes() == expected.read_bytes()
+        if name != "README.md":
+            assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "half" / name).read_bytes()
+    cards = [(f / "README.md").read_text().split("## Files") for f in (folder, tmp_path / "half", tmp_path / "again")]
+    assert cards[2] == [cards[0][0], cards[1][1]]  # its own words, the checksums of these weights
 
 
 @pytest.mark.parametrize("told", ["dtype", "torch_dtype", None])
@@ -262,7 +265,15 @@ def test_the_card_says_how_to_use_it(student, source, tmp_path):
     assert {"base_model: owner/name", "license: creativeml-openrail-m", "library_name: diffusers"} <= set(head)
     assert "| FD-ResNet56 | 1.25 |" in card
     export.save_student(student[1].net.unet, source, tmp_path / "student", card=card)
-    assert (tmp_path / "student" / "README.md").read_text() == card
+    written = (tmp_path / "student" / "README.md").read_text()
+    assert written.startswith(card.rstrip())
+    for path in (tmp_path / "student").glob("*/*.safetensors"):
+        data = path.read_bytes()
+        assert f"{len(data):,} | `{hashlib.sha256(data).hexdigest()}`" in written
+    export.convert_student(tmp_path / "student", tmp_path / "half", half=True)
+    again = (tmp_path / "half" / "README.md").read_text()
+    assert again.count("## Files") == 1 and again.startswith(card.rstrip())
+    assert hashlib.sha256((tmp_path / "half" / UNET).read_bytes()).hexdigest() in again
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-
 from typing import Any
 
 import pytest
