@@ -15,7 +15,7 @@ LAYERS = [
     {"noise", "denoiser", "mixture", "run"},
     {"solvers", "losses", "pairs", "codec"},
     {"distill", "generate", "batches", "teach", "pipeline"},
-{"teachers", "metrics", "data", "report", "plots", "scoreboard"},  # the rim: each may be replaced
+    {"teachers", "metrics", "data", "report", "plots", "scoreboard"},  # the rim: each may be replaced
     {"build", "chain", "evaluation", "teach_miniature", "teach_shapes", "teach_folder", "sampled"},
     {"cli", "__main__"},
 ]
