@@ -42,9 +42,7 @@ CACHED = TransformerConfig(codes=1024, length=256, condition=128, layers=4, widt
 @torch.no_grad()
 def uncached(net: ConditionalTransformer, condition: Tensor, seeds: Tensor) -> Tensor:
     """As `sampling.tokens` without guidance, by a full pass over all tokens so far for each token."""
-    uniform = seeding.as_uniform(
-        seeding.bits(0, Stream.TOKEN, 0, seeds.cpu(), net.config.length)
-    ).to(condition.device)
+    uniform = seeding.as_uniform(seeding.bits(0, Stream.TOKEN, 0, seeds.cpu(), net.config.length)).to(condition.device)
     inputs = net.prefix(condition)
     found: list[Tensor] = []
     while True:

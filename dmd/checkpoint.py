@@ -123,6 +123,15 @@ def load_weights(module: nn.Module, path: Path) -> None:
         raise InputError(f"{path} does not exist: give a folder that holds the weights as safetensors") from None
     except Exception as error:  # safetensors raises its own type for damaged headers
         raise InputError(f"{path} is not a readable safetensors file ({error})") from None
+    fill(module, tensors, path)
+
+
+def fill(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Give a module the tensors of a file, all of them and no others.
+
+    Raises:
+        InputError: they are not those of the module.
+    """
     expected = module.state_dict()
     for name in sorted(expected.keys() | tensors.keys()):
         want = tuple(expected[name].shape) if name in expected else None

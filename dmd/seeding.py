@@ -54,6 +54,8 @@ class Stream(enum.IntEnum):
     CAPTION_ORDER = 54  # of captions that are synthesised online
     READ_ORDER = 55  # of shards and captions that are read
     READ_CHOICE = 56  # and which of a caption's images
+    RESAMPLE = 40  # which samples a bootstrap draws
+    SUBSET = 41  # which samples a subset of the kernel distance holds
 
 
 Streams = Stream | Sequence[Stream]

@@ -223,7 +223,7 @@ def sample(argv: Sequence[str], prog: str) -> None:
     seeds = parse_seeds(o.seeds)
     asked = [*o.what, *o.image]
     if not asked:
-        raise InputError('what should the images show? Give a prompt in quotes, or --image FILE')
+        raise InputError("what should the images show? Give a prompt in quotes, or --image FILE")
     import torch
 
     from dmd.clipgen import images, model

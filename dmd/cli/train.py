@@ -53,7 +53,7 @@ def check_directory(folder: Path, config: Config, fresh: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file: give a folder as --output-dir")
     found = [p.name for p in folder.iterdir() if not p.name.startswith(".tmp-")] if folder.exists() else []
-    if found and not _is_run(folder):
+    if found and not is_run(folder):
         raise InputError(f"{folder} is not empty and not a run directory: give another --output-dir")
     if found and not fresh:
         require_same(read(folder / "config.json"), config, str(folder))
@@ -73,7 +73,7 @@ def open_directory(folder: Path, config: Config, fresh: bool) -> None:
     write_json(folder / "config.json", to_json(config))
 
 
-def _is_run(folder: Path) -> bool:
+def is_run(folder: Path) -> bool:
     """Many programs write a config.json: it is a run's if it says so or, when damaged, has a run's files beside it."""
     try:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))

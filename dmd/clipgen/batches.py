@@ -111,5 +111,3 @@ class CaptionBatches:
                 )
             )
         return found
-
-

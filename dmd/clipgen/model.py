@@ -77,7 +77,11 @@ class Model:
         tries, scores = [], []
         for c in range(candidates):
             made = sampling.in_units(
-                lambda e, s, c=c: self._make(e, s, sampler, c), conditions, seeds, unit, tick  # type: ignore[misc]
+                lambda e, s, c=c: self._make(e, s, sampler, c),
+                conditions,
+                seeds,
+                unit,
+                tick,  # type: ignore[misc]
             )
             if candidates == 1:
                 return made

@@ -63,7 +63,11 @@ def load(folder: str | Path, size: int) -> Captioned:
 
 
 def image_file(folder: Path, where: str, line: str) -> Path:
-    """The image that a line of metadata.jsonl names. Raises InputError if that is none, or out of the folder."""
+    """The image that a line of metadata.jsonl names.
+
+    Raises:
+        InputError: it names none, or one that does not lie in the folder.
+    """
     name = json.loads(line).get("file_name")
     if not isinstance(name, str) or not name or "\0" in name:
         raise InputError(f"{where} has no file_name: each line names the image that it is about")

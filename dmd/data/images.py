@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 from zipfile import BadZipFile
 from zlib import error as ZlibError
 
@@ -317,22 +317,28 @@ def _image_files(folder: Path) -> list[Path]:
     return files
 
 
-def read_image(file: Path, wanted: tuple[int, int] | None) -> np.ndarray:
+def read_image(file: Path | BinaryIO, wanted: tuple[int, int] | None, name: str | None = None) -> np.ndarray:
     """(H, W, 1 or 3) uint8, of height and width `wanted`, which are compared before the pixels are decoded.
+
+    Args:
+        file: a path, or the opened content of a file that is called `name`.
 
     Raises:
         InputError: the file is missing or broken, of another size, transparent, or of more than 8 bits.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
+    name = str(file) if name is None else name
     try:
         with Image.open(file) as image:
             found = (image.height, image.width)
             if wanted in (None, found):
                 return plain(image)
+    except UnidentifiedImageError as error:
+        raise InputError(f"{name} is not a readable 8-bit image: it is of no known kind, or cut") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{file} is not a readable 8-bit image: {error}") from error
-    raise InputError(_size_sentence(f"{file} is", found, wanted))
+        raise InputError(f"{name} is not a readable 8-bit image: {error}") from error
+    raise InputError(_size_sentence(f"{name} is", found, wanted))
 
 
 def plain(image: Any) -> np.ndarray:

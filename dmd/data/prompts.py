@@ -191,7 +191,7 @@ def _tar(path: Path) -> Found:
                 if member.isreg() and extension in ("txt", "json"):
                     captions[extension] = _content(path, archive, member)
             yield from _caption(captions)
-            _check_end(path, archive)
+            check_end(path, archive)
     except (tarfile.TarError, EOFError) as error:
         raise InputError(f"{path} is not a whole .tar file: {error}") from None
 
@@ -219,8 +219,12 @@ def _content(path: Path, archive: tarfile.TarFile, member: tarfile.TarInfo) -> t
     return where, _decoded(where, file.read() if file else b"")
 
 
-def _check_end(path: Path, archive: tarfile.TarFile) -> None:
-    """tarfile takes a damaged header after the first for the end of the archive, so look whether it is one."""
+def check_end(path: Path, archive: tarfile.TarFile) -> None:
+    """tarfile takes a damaged header after the first for the end of the archive, so look whether it is one.
+
+    Raises:
+        InputError: it is not.
+    """
     with open(path, "rb") as file:
         file.seek(archive.offset)
         if file.read(tarfile.BLOCKSIZE).strip(b"\0"):

@@ -68,8 +68,13 @@ class Reference:
         """Measure a reference set of at least 2 images (ValueError otherwise)."""
         pieces = (images.pixels(index) for index in torch.arange(len(images)).split(batch))
         features, _ = features_of(pieces, net)
-        kept = spread(len(images), MANIFOLD_SAMPLES)
-        return cls(moments(features), features[kept], images.labels[kept], len(images), net.name)
+        return cls.of_features(features, images.labels, net.name)
+
+    @classmethod
+    def of_features(cls, features: Tensor, labels: Tensor, net_name: str) -> "Reference":
+        """Features (N, D) that are known already, and labels (N,). ValueError as `moments`."""
+        kept = spread(len(features), MANIFOLD_SAMPLES)
+        return cls(moments(features), features[kept], labels[kept], len(features), net_name)
 
 
 def evaluate(

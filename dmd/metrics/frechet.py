@@ -5,6 +5,7 @@ Heusel et al. 2017, arXiv 1706.08500, eq. 6; the closed form is by Dowson and La
 It is called FID only with Inception-v3 features; with other networks it bears their name (FD-ResNet56, ...).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +54,36 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     cross = torch.linalg.svdvals(_factor(a.cov).T @ _factor(b.cov)).sum()
     distance = (a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace() - 2 * cross
     return max(0.0, distance.item())
+
+
+def resampled_distance(reference: Moments, features: Tensor) -> Callable[[Tensor], float]:
+    """The distance of a weighted set of features from a reference, prepared for many weightings.
+
+    With the reference's covariance F F', the last trace is the sum of the singular values of what the centred features
+    are in F's directions, so that a weighting costs one decomposition, of the smaller of N and D.
+
+    Args:
+        reference: of the set that is measured against.
+        features: (N, D).
+
+    Returns:
+        Weights (N,), which sum to N and say how often each sample counts, to the distance (`frechet_distance`).
+    """
+    x = features.double()
+    factor = _factor(reference.cov)
+    projected = x @ factor
+
+    def distance(weights: Tensor) -> float:
+        w = weights.double() / len(x)
+        mean = w @ x
+        root = (weights.double() / (len(x) - 1)).sqrt()[:, None]
+        spread = (root * (x - mean)).square().sum()
+        rows = root * (projected - w @ projected)
+        gram = rows @ rows.T if len(rows) < rows.shape[1] else rows.T @ rows
+        cross = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().sum()
+        return max(0.0, ((reference.mean - mean).square().sum() + reference.cov.trace() + spread - 2 * cross).item())
+
+    return distance
 
 
 def _factor(cov: Tensor) -> Tensor:

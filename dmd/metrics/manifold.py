@@ -30,7 +30,35 @@ class Manifold:
     coverage: float
 
 
+@dataclass(frozen=True, eq=False)
+class Members:
+    """What `Manifold` is the mean of, sample by sample.
+
+    Attributes:
+        precise: bool (M,): the fake lies in the ball of at least one real.
+        recalled: bool (N,): the real lies in the ball of at least one fake.
+        dense: float64 (M,): number of real balls that the fake lies in, divided by k.
+        covered: bool (N,): the real's own ball holds at least one fake.
+    """
+
+    precise: Tensor
+    recalled: Tensor
+    dense: Tensor
+    covered: Tensor
+
+
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> Manifold:
+    """The means of `members`, which see."""
+    found = members(real, fake, k)
+    return Manifold(
+        precision=found.precise.double().mean().item(),
+        recall=found.recalled.double().mean().item(),
+        density=found.dense.mean().item(),
+        coverage=found.covered.double().mean().item(),
+    )
+
+
+def members(real: Tensor, fake: Tensor, k: int = 3) -> Members:
     """Compare features of real (N, D) and fake (M, D) samples, in float64 and in chunks of `CHUNK` rows.
 
     Raises:
@@ -42,7 +70,7 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> Manifold:
         raise ValueError(f"k is {k} with {len(real)} real and {len(fake)} fake samples: both need more than k >= 1")
     real, fake = real.double(), fake.double()
     real_radius, fake_radius = _radii(real, k), _radii(fake, k)
-    hits = torch.zeros(len(fake), device=fake.device)
+    hits = torch.zeros(len(fake), dtype=torch.int64, device=fake.device)
     recalled, covered = [], []
     for rows, radius in zip(real.split(CHUNK), real_radius.split(CHUNK), strict=True):
         distance = torch.cdist(rows, fake)
@@ -50,12 +78,7 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> Manifold:
         hits += in_real.sum(0)
         covered.append(in_real.any(1))
         recalled.append((distance <= fake_radius).any(1))
-    return Manifold(
-        precision=(hits > 0).double().mean().item(),
-        recall=torch.cat(recalled).double().mean().item(),
-        density=hits.double().mean().item() / k,
-        coverage=torch.cat(covered).double().mean().item(),
-    )
+    return Members(hits > 0, torch.cat(recalled), hits.double() / k, torch.cat(covered))
 
 
 def _radii(points: Tensor, k: int) -> Tensor:
@@ -64,7 +87,7 @@ def _radii(points: Tensor, k: int) -> Tensor:
     return torch.cat([torch.cdist(rows, points).kthvalue(k + 1, dim=1).values for rows in points.split(CHUNK)])
 
 
-def diversity(features: Tensor, groups: Tensor) -> float:
+def diversity(features: Tensor, groups: Tensor, weights: Tensor | None = None) -> float:
     """Mean cosine distance 1 - cos(f_i, f_j) over all unordered pairs i < j with groups[i] == groups[j].
 
     All pairs weigh the same, so a large group weighs more than a small one. In [0, 2], and 0 if the
@@ -73,6 +96,8 @@ def diversity(features: Tensor, groups: Tensor) -> float:
     Args:
         features: (N, D).
         groups: (N,) integers, e.g. class labels or prompt numbers.
+        weights: (N,) how often each sample counts; once, if left out. A pair weighs as the product, and a sample is no
+            pair with itself, however often it counts.
 
     Raises:
         ValueError: counts differ, or no two samples share a group.
@@ -80,10 +105,13 @@ def diversity(features: Tensor, groups: Tensor) -> float:
     if len(features) != len(groups):
         raise ValueError(f"there are {len(features)} feature vectors but {len(groups)} groups: each needs one")
     unit = F.normalize(features.double(), dim=1)
-    members, index, counts = groups.unique(return_inverse=True, return_counts=True)
-    pairs = (counts * (counts - 1)).sum() / 2
-    if pairs == 0:
-        raise ValueError(f"no two of {len(groups)} samples share a group: at least one pair is needed")
+    w = unit.new_ones(len(unit)) if weights is None else weights.double()
+    names, index = groups.unique(return_inverse=True)
     # The pairs' cosines sum to (|sum u|^2 - sum |u|^2) / 2 in each group: no N x N matrix is needed.
-    sums = unit.new_zeros(len(members), unit.shape[1]).index_add(0, index, unit)
-    return (1.0 - (sums.square().sum() - unit.square().sum()) / 2 / pairs).item()
+    sums = unit.new_zeros(len(names), unit.shape[1]).index_add(0, index, w[:, None] * unit)
+    counts = unit.new_zeros(len(names)).index_add(0, index, w)
+    pairs = (counts.square().sum() - w.square().sum()) / 2
+    if pairs <= 0:
+        raise ValueError(f"no two of {len(groups)} samples share a group: at least one pair is needed")
+    cosines = (sums.square().sum() - (w[:, None] * unit).square().sum()) / 2
+    return (1.0 - cosines / pairs).item()

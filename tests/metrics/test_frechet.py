@@ -1,9 +1,14 @@
 """The Fréchet distance against closed forms, SciPy's matrix square root, and its invariances."""
 
+import inspect
+import sys
+import time
+import types
+
 import pytest
 import torch
 
-from dmd.metrics.frechet import Moments, frechet_distance, moments
+from dmd.metrics.frechet import Moments, frechet_distance, moments, resampled_distance
 
 
 def gaussian(mean, cov):
@@ -111,3 +116,59 @@ def test_bad_features_are_named(features, sentence):
 def test_features_of_two_networks_are_refused():
     with pytest.raises(ValueError, match="3 and 4 dimensions"):
         frechet_distance(gaussian([0] * 3, torch.eye(3)), gaussian([0] * 4, torch.eye(4)))
+
+
+@pytest.fixture
+def cleanfid(monkeypatch):
+    """clean-fid's own functions, also beside SciPy 1.18, which has taken away an argument that they give."""
+    module = pytest.importorskip("cleanfid.fid")
+    linalg = module.linalg
+    if "disp" not in inspect.signature(linalg.sqrtm).parameters:
+        old = types.SimpleNamespace(sqrtm=lambda a, disp=True: (linalg.sqrtm(a), 0.0) if not disp else linalg.sqrtm(a))
+        monkeypatch.setattr(module, "linalg", old)
+    return module
+
+
+@pytest.mark.parametrize(("dim", "counts"), [(5, (300, 200)), (64, (1000, 800)), (192, (600, 500))])
+def test_equals_clean_fid_s_on_the_same_features(cleanfid, dim, counts):
+    a, b = random_features(10, counts[0], dim).float(), random_features(11, counts[1], dim, 0.7).float()
+    expected = cleanfid.fid_from_feats(a.double().numpy(), b.double().numpy())
+    assert frechet_distance(moments(a), moments(b)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_needs_no_scipy(monkeypatch):
+    """SciPy 1.18 broke the matrix square root of other packages; here none is imported."""
+    for name in [n for n in sys.modules if n.split(".")[0] == "scipy"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    found = moments(random_features(3, 100, 8))
+    assert frechet_distance(found, found) < 1e-6
+
+
+@pytest.mark.slow
+def test_inception_s_dimensions_take_three_seconds_and_equal_clean_fid(cleanfid):
+    """P8: 2048 dimensions, within 3 s of one thread, equal to 1e-6."""
+    a, b = random_features(12, 2500, 2048), random_features(13, 2500, 2048, 0.9)
+    both = moments(a), moments(b)
+    started = time.process_time()
+    found = frechet_distance(*both)
+    seconds = time.process_time() - started
+    assert found == pytest.approx(cleanfid.frechet_distance(*_numpy(both[0]), *_numpy(both[1])), rel=1e-6)
+    assert frechet_distance(both[0], both[0]) < 1e-6
+    assert seconds < 3
+
+
+def _numpy(found):
+    return found.mean.numpy(), found.cov.numpy()
+
+
+@pytest.mark.parametrize(("count", "reference"), [(200, 300), (12, 300), (200, 12)])
+def test_a_weighted_set_is_at_the_distance_of_its_repeated_samples(count, reference):
+    x, real = random_features(14, count, 16), moments(random_features(15, reference, 16))
+    weights = torch.bincount(
+        torch.randint(count, (count,), generator=torch.Generator().manual_seed(0)), minlength=count
+    )
+    distance = resampled_distance(real, x)
+    repeated = x.repeat_interleave(weights, 0)
+    assert distance(weights.double()) == pytest.approx(frechet_distance(real, moments(repeated)), rel=1e-6)
+    assert distance(torch.ones(count)) == pytest.approx(frechet_distance(real, moments(x)), rel=1e-6)

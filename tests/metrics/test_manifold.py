@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dmd.metrics import manifold
-from dmd.metrics.manifold import diversity, precision_recall
+from dmd.metrics.manifold import diversity, members, precision_recall
 
 
 def distance(a, b):
@@ -113,3 +113,29 @@ def test_diversity_needs_a_pair_and_equal_counts():
         diversity(torch.ones(3, 2), torch.arange(3))
     with pytest.raises(ValueError, match="3 feature vectors but 2 groups"):
         diversity(torch.ones(3, 2), torch.zeros(2))
+
+
+def test_members_are_what_the_figures_are_means_of():
+    generator = torch.Generator().manual_seed(4)
+    real, fake = torch.randn(30, 3, generator=generator), 1.5 * torch.randn(20, 3, generator=generator)
+    radius = [naive_radius(real, i, 3) for i in range(len(real))]
+    hits = [[distance(x, y) <= r for y in fake] for x, r in zip(real, radius, strict=True)]
+    found = members(real, fake, 3)
+    assert found.precise.tolist() == [any(row[j] for row in hits) for j in range(len(fake))]
+    assert found.dense.tolist() == pytest.approx([sum(row[j] for row in hits) / 3 for j in range(len(fake))])
+    assert found.covered.tolist() == [any(row) for row in hits]
+
+
+def test_weighted_diversity_leaves_out_pairs_of_a_sample_with_itself():
+    x = torch.randn(12, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    groups = torch.tensor([0, 1, 2] * 4)
+    weights = torch.tensor([3, 0, 1, 1, 2, 0, 1, 1, 1, 0, 1, 1])
+    total = number = 0.0
+    for i in range(12):
+        for j in range(i):
+            if groups[i] == groups[j]:
+                both = (weights[i] * weights[j]).item()
+                total += both * (1 - torch.cosine_similarity(x[i], x[j], dim=0).item())
+                number += both
+    assert diversity(x, groups, weights) == pytest.approx(total / number, rel=1e-9)
+    assert diversity(x, groups, torch.ones(12)) == pytest.approx(diversity(x, groups), rel=1e-12)
