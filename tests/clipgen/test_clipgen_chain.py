@@ -13,6 +13,7 @@ from PIL import Image
 
 from dmd.build import Workplace
 from dmd.cli import clipgen as cli
+from dmd.cli import parts
 from dmd.clipgen import chain as chains
 from dmd.clipgen import clip as clips
 from dmd.clipgen import model, world
@@ -96,6 +97,9 @@ def test_the_run_directory_is_like_that_of_other_commands(run):
     assert steps == [2, 4]
     assert json.loads((folder / "environment.json").read_text())["torch"] == torch.__version__
     assert read(folder / "config.json").data.size == 16
+    assert "CLIP-GEN" in (folder / "report.html").read_text()
+    (folder / "report.html").unlink()
+    parts.report([str(folder)], "dmd report")
     assert "CLIP-GEN" in (folder / "report.html").read_text()
 
 
