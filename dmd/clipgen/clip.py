@@ -256,7 +256,8 @@ def _load_pretrained(source: str, device: torch.device) -> PretrainedClip:
     from transformers import CLIPModel, CLIPTokenizer
 
     try:
-        model, info = CLIPModel.from_pretrained(source, use_safetensors=True, output_loading_info=True)
+        loaded: Any = CLIPModel.from_pretrained(source, use_safetensors=True, output_loading_info=True)
+        model, info = loaded
         tokenizer = CLIPTokenizer.from_pretrained(source)
     except Exception as error:  # transformers raises whatever its readers raise
         reason = str(error).split("\n")[0].strip()
