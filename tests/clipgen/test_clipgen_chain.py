@@ -311,7 +311,8 @@ def test_the_world_of_shapes_is_judged(tmp_path, capsys):
 def test_every_stage_of_the_shapes_preset_learns(tmp_path):
     """The preset's own networks for a hundred steps each: every loss falls, and most codes are in use."""
     argv = [
-        "train", "--images", "1000", "--clip-images", "1000", "--tokenizer-steps", "100", "--tokenizer-batch-size", "16",
+        "train", "--images", "1000", "--clip-images", "1000", "--tokenizer-steps", "100",
+        "--tokenizer-batch-size", "16",
         "--clip-steps", "100", "--clip-batch-size", "32", "--max-train-steps", "100", "--batch-size", "16",
         "--log-every", "20", "--final-samples", "16", "--report-to", "none", "--cpu",
         "--cache-dir", str(tmp_path / "cache"), "--output-dir", str(tmp_path / "run"),
