@@ -189,15 +189,12 @@ def test_configs_and_flags_can_be_read_without_torch():
 @pytest.mark.parametrize(
     "command",
     [
-        ["train_dmd.py"],
-        ["sample.py"],
-        ["-m", "dmd"],
-        ["-m", "dmd", "teach"],
-        ["-m", "dmd", "pairs"],
-        ["-m", "dmd", "evaluate"],
+        ["train_dmd.py"], ["sample.py"], ["-m", "dmd"], ["-m", "dmd", "teach"], ["-m", "dmd", "pairs"],
+        ["-m", "dmd", "evaluate"], ["-m", "dmd", "clipgen", "train"], ["-m", "dmd", "captions"],
+        ["-m", "dmd", "synthesize"],
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_help_answers_without_torch(command):
     done = subprocess.run(
         [sys.executable, "-X", "importtime", *command, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120

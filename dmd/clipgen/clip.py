@@ -248,14 +248,16 @@ def _load_small(folder: Path, device: torch.device) -> SmallClip:
         raise InputError(f"{folder / CONFIG} does not describe a small CLIP: teach it again ({error})") from None
     checkpoint.load_weights(net, folder / WEIGHTS)
     words = stable_diffusion.tokenizer(folder / WORDS)
-    return SmallClip(net.to(device).eval().requires_grad_(False), words)
+    nn.Module.to(net, device=device, memory_format=torch.channels_last)
+    return SmallClip(net.eval().requires_grad_(False), words)
 
 
 def _load_pretrained(source: str, device: torch.device) -> PretrainedClip:
     from transformers import CLIPModel, CLIPTokenizer
 
     try:
-        model, info = CLIPModel.from_pretrained(source, use_safetensors=True, output_loading_info=True)
+        loaded: Any = CLIPModel.from_pretrained(source, use_safetensors=True, output_loading_info=True)
+        model, info = loaded
         tokenizer = CLIPTokenizer.from_pretrained(source)
     except Exception as error:  # transformers raises whatever its readers raise
         reason = str(error).split("\n")[0].strip()

@@ -4,7 +4,6 @@ With `patch=1`, four halvings, two blocks and attention these are the sizes of V
 2012.09841); small images save most of the arithmetic by `patch=2`, which folds squares of pixels into channels.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,4 +136,4 @@ class PatchDiscriminator(nn.Sequential):
 
 def sizes_from(raw: dict[str, Any]) -> ConvSizes:
     """`ConvSizes` of a config.json, which has lists for tuples."""
-    return ConvSizes(**{k: tuple(v) if isinstance(v, Sequence) else v for k, v in raw.items()})
+    return ConvSizes(**raw | {"widths": tuple(raw["widths"])})

@@ -144,7 +144,8 @@ def load(folder: str | Path, device: torch.device) -> Tokenizer:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
         raise InputError(f"{folder} is not the folder of an image tokenizer: it needs {CONFIG} of {KIND}") from None
     checkpoint.load_weights(found, folder / WEIGHTS)
-    return found.to(device).eval().requires_grad_(False)
+    nn.Module.to(found, device=device, memory_format=torch.channels_last)
+    return found.eval().requires_grad_(False)
 
 
 # ----------------------------------------------------------------------------- training
@@ -160,7 +161,7 @@ def hinge_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
     return 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
 
 
-def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last: nn.Parameter) -> Tensor:
+def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last: Tensor) -> Tensor:
     """|grad reconstruction| / (|grad adversarial| + 1e-4) at the decoder's last weights, at most 1e4 (VQGAN, eq. 7)."""
     ours = torch.autograd.grad(reconstruction, last, retain_graph=True)[0].norm()
     theirs = torch.autograd.grad(adversarial, last, retain_graph=True)[0].norm()

@@ -13,6 +13,7 @@ from PIL import Image
 
 from dmd.build import Workplace
 from dmd.cli import clipgen as cli
+from dmd.cli import parts
 from dmd.clipgen import chain as chains
 from dmd.clipgen import clip as clips
 from dmd.clipgen import model, world
@@ -96,6 +97,9 @@ def test_the_run_directory_is_like_that_of_other_commands(run):
     assert steps == [2, 4]
     assert json.loads((folder / "environment.json").read_text())["torch"] == torch.__version__
     assert read(folder / "config.json").data.size == 16
+    assert "CLIP-GEN" in (folder / "report.html").read_text()
+    (folder / "report.html").unlink()
+    parts.report([str(folder)], "dmd report")
     assert "CLIP-GEN" in (folder / "report.html").read_text()
 
 
@@ -301,3 +305,27 @@ def test_the_world_of_shapes_is_judged(tmp_path, capsys):
     again = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert again["samples"] == 18 and again["sampling"]["guidance"] == 1.0
     assert again["codebook_use"] == summary["codebook_use"]
+
+
+@pytest.mark.slow
+def test_every_stage_of_the_shapes_preset_learns(tmp_path):
+    """The preset's own networks for a hundred steps each: every loss falls, and most codes are in use."""
+    argv = [
+        "train", "--images", "1000", "--clip-images", "1000", "--tokenizer-steps", "100",
+        "--tokenizer-batch-size", "16",
+        "--clip-steps", "100", "--clip-batch-size", "32", "--max-train-steps", "100", "--batch-size", "16",
+        "--log-every", "20", "--final-samples", "16", "--report-to", "none", "--cpu",
+        "--cache-dir", str(tmp_path / "cache"), "--output-dir", str(tmp_path / "run"),
+    ]  # fmt: skip
+    cli.main(argv)
+    cache = tmp_path / "cache" / "clipgen"
+    (tokenizer,), (clip,) = (list((cache / kind).glob("*/metrics.jsonl")) for kind in ("tokenizer", "clip"))
+    stages = {tokenizer: "loss/l1", clip: "loss/contrastive", tmp_path / "run" / "metrics.jsonl": "loss/tokens"}
+    for path, name in stages.items():
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        print(name, [round(line[name], 4) for line in lines])
+        assert lines[-1][name] < 0.8 * lines[0][name], name
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    print({k: v for k, v in summary.items() if k != "figures"})
+    print(summary["figures"]["seen/rebuilt"], summary["figures"]["seen/text"])
+    assert summary["codebook_use"] > 0.5
