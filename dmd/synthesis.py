@@ -324,9 +324,13 @@ class RayWorker:
         self.maker = self._stack.enter_context(Maker(self.job, locks))
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Numbers of shards to how many images were made, and what is wrong, as a sentence."""
         before = self.maker.made
-        self.maker.run(batch["shard"].tolist(), deep=True)
-        return {"images": [self.maker.made - before]}
+        try:
+            self.maker.run(batch["shard"].tolist(), deep=True)
+        except (InputError, ArithmeticError, OSError) as error:
+            return {"images": [0], "error": [str(error)]}
+        return {"images": [self.maker.made - before], "error": [""]}
 
 
 def missing(folder: Path, spec: Spec) -> list[int]:
@@ -359,10 +363,11 @@ def work_with_ray(
     made = 0
     if absent:
         todo = ray.data.from_items([{"shard": i} for i in absent], override_num_blocks=len(absent))
-        done = todo.map_batches(
-            RayWorker, fn_constructor_args=(build,), batch_size=1, concurrency=min(actors, len(absent)), num_gpus=gpus
-        )
+        pool = ray.data.ActorPoolStrategy(size=min(actors, len(absent)))
+        done = todo.map_batches(RayWorker, fn_constructor_args=(build,), batch_size=1, compute=pool, num_gpus=gpus)
         for row in done.iter_rows():
+            if row["error"]:
+                raise InputError(f"an actor of Ray stopped: {row['error']}; the same command goes on")
             made += int(row["images"])
             tick(int(row["images"]))
     with Locks(lock_path(folder)) as locks:
