@@ -3,7 +3,8 @@
 A worker takes a shard by a lock, checks it, and makes it if it is not whole. Workers share nothing else, so they may be
 processes of torchrun, tasks of a SLURM array, actors of Ray, or the same command in several terminals; they may come,
 go and be killed, and a shard's bytes do not depend on who makes it. Each checks its own part of the shards by their
-SHA-256 sums and the others' by their sizes, and helps where shards are still to be made.
+SHA-256 sums and the others' by their sizes, and helps where shards are still to be made. Whoever is last sees that all
+are whole, and completes the manifest.
 
 Generation, encoding and writing overlap: the device makes a batch while threads encode the one before.
 """
@@ -107,10 +108,13 @@ def work(job: Job, worker: int = 0, workers: int = 1, tick: Callable[[int], obje
     own = range(worker, job.spec.shards, workers)
     others = [(worker + i) % job.spec.shards for i in range(job.spec.shards) if i % workers]
     with Locks(lock_path(job.folder)) as locks, Maker(job, locks, tick) as maker:
-        busy = maker.run(own, deep=True)
-        if locks.work:  # else nobody can know what the others are at
-            busy += maker.run(others, deep=False)
-            busy = maker.run(busy, deep=False)
+        locks.take(FOLDER_LOCK, wait=True)  # shows whether there are locks
+        locks.release(FOLDER_LOCK)
+        held = maker.run(own, deep=True)
+        held_others = maker.run(others, deep=False) if locks.work else []  # else nobody knows what the others are at
+        held = maker.run(held, deep=True) + maker.run(held_others, deep=False)
+        digest = job.spec.digest()
+        busy = [i for i in held if shards.whole(job.folder, job.spec.name(i), digest, deep=False) is None]
         locks.take(FOLDER_LOCK, wait=True)
         found = None if busy else shards.finish(job.folder, job.spec)
         locks.release(FOLDER_LOCK)

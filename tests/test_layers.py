@@ -159,7 +159,10 @@ def test_configs_and_flags_can_be_read_without_torch():
 
 
 @pytest.mark.parametrize(
-    "command", [["train_dmd.py"], ["sample.py"], ["-m", "dmd"], ["-m", "dmd", "teach"], ["-m", "dmd", "pairs"]], ids=str
+    "command",
+    [["train_dmd.py"], ["sample.py"], ["-m", "dmd"]]
+    + [["-m", "dmd", name] for name in ("teach", "pairs", "captions", "synthesize")],
+    ids=str,
 )
 def test_help_answers_without_torch(command):
     done = subprocess.run(

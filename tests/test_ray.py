@@ -1,14 +1,10 @@
 """Ray Data makes what one process makes, and only what is missing."""
 
 import os
-import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from stub import CAPTIONS, job, spec
 
 from dmd import synthesis
