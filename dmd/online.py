@@ -69,6 +69,7 @@ class Online(IterableDataset):
     work_unit: int | None = None
     transform: Callable[[Tensor], Tensor] | None = None
     _source: Source | None = field(default=None, init=False, repr=False)
+    _side: "torch.cuda.Stream | None" = field(default=None, init=False, repr=False)
     _orders: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -116,12 +117,13 @@ class Online(IterableDataset):
         """Set about a batch; returns what waits for it. On a GPU, the caller's stream does."""
         if not torch.cuda.is_available():
             return lambda: self.batch(step)
-        side = torch.cuda.Stream()
+        self._side = side = self._side or torch.cuda.Stream()  # one, since the allocator keeps memory for each
         with torch.cuda.stream(side):
             batch = self.batch(step)
+            done = side.record_event()  # the stream itself goes on with the batch after
 
         def wait() -> FreshBatch:
-            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.current_stream().wait_event(done)
             if batch.images.is_cuda:
                 batch.images.record_stream(torch.cuda.current_stream())
             return batch

@@ -15,7 +15,6 @@ import io
 import json
 import os
 import tarfile
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -128,29 +127,19 @@ class Facts:
 
 
 def encode(image: np.ndarray, image_format: Format, quality: int) -> bytes:
-    """A file of an image (H, W, 1 or 3) uint8. JPEG with 4:2:0 and standard tables, which is the fastest.
-
-    Pillow lets other threads run only while it writes to a file of the system, so it is given one in memory.
-    """
+    """A file of an image (H, W, 1 or 3) uint8. JPEG with 4:2:0 and standard tables, which is the fastest; Pillow lets
+    other threads run meanwhile."""
     from PIL import Image
 
     picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-    with _scratch() as file:
-        if image_format == "jpg":
-            picture.save(file, "JPEG", quality=quality)
-        elif image_format == "webp":
-            picture.save(file, "WEBP", quality=quality, method=0)
-        else:
-            picture.save(file, "PNG", compress_level=1)
-        file.seek(0)
-        return file.read()
-
-
-def _scratch() -> IO[bytes]:
-    try:
-        return os.fdopen(os.memfd_create("image"), "w+b", buffering=0)
-    except (AttributeError, OSError):  # not Linux
-        return tempfile.TemporaryFile(buffering=0)
+    file = io.BytesIO()
+    if image_format == "jpg":
+        picture.save(file, "JPEG", quality=quality)
+    elif image_format == "webp":
+        picture.save(file, "WEBP", quality=quality, method=0)
+    else:
+        picture.save(file, "PNG", compress_level=1)
+    return file.getvalue()
 
 
 class _Hashed:

@@ -3,7 +3,8 @@
 A worker takes a shard by a lock, checks it, and makes it if it is not whole. Workers share nothing else, so they may be
 processes of torchrun, tasks of a SLURM array, actors of Ray, or the same command in several terminals; they may come,
 go and be killed, and a shard's bytes do not depend on who makes it. Each checks its own part of the shards by their
-SHA-256 sums and the others' by their sizes, and helps where shards are still to be made.
+SHA-256 sums and the others' by their sizes, and helps where shards are still to be made. Whoever is last sees that all
+are whole, and completes the manifest.
 
 Generation, encoding and writing overlap: the device makes a batch while threads encode the one before.
 """
@@ -107,10 +108,13 @@ def work(job: Job, worker: int = 0, workers: int = 1, tick: Callable[[int], obje
     own = range(worker, job.spec.shards, workers)
     others = [(worker + i) % job.spec.shards for i in range(job.spec.shards) if i % workers]
     with Locks(lock_path(job.folder)) as locks, Maker(job, locks, tick) as maker:
-        busy = maker.run(own, deep=True)
-        if locks.work:  # else nobody can know what the others are at
-            busy += maker.run(others, deep=False)
-            busy = maker.run(busy, deep=False)
+        locks.take(FOLDER_LOCK, wait=True)  # shows whether there are locks
+        locks.release(FOLDER_LOCK)
+        held = maker.run(own, deep=True)
+        held_others = maker.run(others, deep=False) if locks.work else []  # else nobody knows what the others are at
+        held = maker.run(held, deep=True) + maker.run(held_others, deep=False)
+        digest = job.spec.digest()
+        busy = [i for i in held if shards.whole(job.folder, job.spec.name(i), digest, deep=False) is None]
         locks.take(FOLDER_LOCK, wait=True)
         found = None if busy else shards.finish(job.folder, job.spec)
         locks.release(FOLDER_LOCK)
@@ -324,9 +328,13 @@ class RayWorker:
         self.maker = self._stack.enter_context(Maker(self.job, locks))
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Numbers of shards to how many images were made, and what is wrong, as a sentence."""
         before = self.maker.made
-        self.maker.run(batch["shard"].tolist(), deep=True)
-        return {"images": [self.maker.made - before]}
+        try:
+            self.maker.run(batch["shard"].tolist(), deep=True)
+        except (InputError, ArithmeticError, OSError) as error:
+            return {"images": [0], "error": [str(error)]}
+        return {"images": [self.maker.made - before], "error": [""]}
 
 
 def missing(folder: Path, spec: Spec) -> list[int]:
@@ -359,10 +367,11 @@ def work_with_ray(
     made = 0
     if absent:
         todo = ray.data.from_items([{"shard": i} for i in absent], override_num_blocks=len(absent))
-        done = todo.map_batches(
-            RayWorker, fn_constructor_args=(build,), batch_size=1, concurrency=min(actors, len(absent)), num_gpus=gpus
-        )
+        pool = ray.data.ActorPoolStrategy(size=min(actors, len(absent)))
+        done = todo.map_batches(RayWorker, fn_constructor_args=(build,), batch_size=1, compute=pool, num_gpus=gpus)
         for row in done.iter_rows():
+            if row["error"]:
+                raise InputError(f"an actor of Ray stopped: {row['error']}; the same command goes on")
             made += int(row["images"])
             tick(int(row["images"]))
     with Locks(lock_path(folder)) as locks:

@@ -1,16 +1,11 @@
 """Online synthesis: every image has its name, every batch is a function of its step, and nobody waits in vain."""
 
-import sys
 from itertools import islice
-from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from stub import CAPTIONS, stub
+from torch.utils.data import DataLoader
 
 from dmd import seeding
 from dmd.errors import InputError
@@ -121,3 +116,18 @@ def test_a_students_images_follow_from_caption_replica_and_epoch():
     torch.testing.assert_close(found, x, rtol=0, atol=1e-5)
     torch.testing.assert_close(source(["a"], numbers[1:2], 3), found[1:2], rtol=0, atol=1e-5)
     assert not torch.allclose(source(["a"], numbers[1:2], 4), found[1:2], atol=1e-2)
+
+
+@pytest.mark.gpu
+def test_a_stream_of_its_own_gives_the_same_batches():
+    """While the learner keeps the device busy, and writes over what it was given."""
+
+    def source(captions, numbers, epoch):
+        return stub(captions, numbers, epoch).cuda()
+
+    learner = torch.randn(2048, 2048, device="cuda")
+    for step, batch in enumerate(islice(online(build=lambda: source), 20)):
+        for _ in range(20):
+            learner = torch.nn.functional.normalize(learner @ learner)
+        assert torch.equal(batch.images.cpu(), online().batch(step).images)
+        batch.images.zero_()

@@ -10,7 +10,6 @@ import random
 import resource
 import signal
 import subprocess
-import sys
 import tarfile
 import time
 import weakref
@@ -20,9 +19,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from stub import CAPTIONS, Noting, job, slow_stub, spec, stub
 
 from dmd import shards, synthesis

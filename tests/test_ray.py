@@ -1,0 +1,42 @@
+"""Ray Data makes what one process makes, and only what is missing."""
+
+import os
+from functools import partial
+from pathlib import Path
+
+import pytest
+from stub import CAPTIONS, job, spec
+
+from dmd import synthesis
+
+ray = pytest.importorskip("ray")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    ray.init(
+        num_cpus=2, include_dashboard=False, configure_logging=False, log_to_driver=False,
+        object_store_memory=100 * 2**20, runtime_env={"env_vars": {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}},
+    )  # fmt: skip
+    yield
+    ray.shutdown()
+
+
+def content(folder):
+    files = [*folder.glob("*.tar"), *folder.glob("*.parquet"), folder / "manifest.json"]
+    return {p.name: p.read_bytes() for p in files}
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_ray_makes_the_same_bytes_and_only_what_is_missing(cluster, tmp_path):
+    synthesis.work(job(tmp_path / "one"))
+    build, seen = partial(job, tmp_path / "ray"), []
+    outcome = synthesis.work_with_ray(build, tmp_path / "ray", spec(), 2, 0.0, seen.append)
+    assert outcome.made == 120 and sum(seen) == 120 and len(CAPTIONS) == 30
+    assert content(tmp_path / "ray") == content(tmp_path / "one")
+    (tmp_path / "ray" / "00003.tar").write_bytes(b"")
+    (tmp_path / "ray" / "00007_stats.json").unlink()
+    assert synthesis.work_with_ray(build, tmp_path / "ray", spec(), 2, 0.0).made == 24
+    assert content(tmp_path / "ray") == content(tmp_path / "one")
