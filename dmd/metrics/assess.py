@@ -254,14 +254,14 @@ def figures(
     _check_count(source, count)
 
     def judged(
-        value: float, statistic: Statistic, n: int, title: str, low: float, high: float = float("inf")
+        value: float, statistic: Callable[[], Statistic], n: int, title: str, low: float, high: float = float("inf")
     ) -> Figure:
         if not resamples:
             return Figure(value)
-        return Figure(value, *bootstrap.interval(value, statistic, n, resamples, seed, title, (low, high)))
+        return Figure(value, *bootstrap.interval(value, statistic(), n, resamples, seed, title, (low, high)))
 
-    def part(values: Tensor, title: str, high: float = 1.0) -> Figure:
-        return judged(values.double().mean().item(), mean_of(values), len(values), title, 0.0, high)
+    def mean(values: Tensor, title: str, low: float = 0.0, high: float = 1.0) -> Figure:
+        return judged(values.double().mean().item(), lambda: mean_of(values), len(values), title, low, high)
 
     found: dict[str, Figure] = {}
     if "features" in seen and reference is not None:
@@ -277,13 +277,10 @@ def figures(
         found["recall"] = mean(inside.recalled, "recall")
         found["density"] = mean(inside.dense, "density", high=float("inf"))
         found["coverage"] = mean(inside.covered, "coverage")
-        asked = sources.groups(source)
-        asked = torch.zeros(count, dtype=torch.int64) if asked is None else asked
+        known = sources.groups(source)
+        asked = torch.zeros(count, dtype=torch.int64) if known is None else known
         if len(asked.unique()) < count:
-            within = asked
-            found["diversity"] = judged(
-                diversity(x, within), lambda: _diversity(x, within), count, "diversity", 0.0, 2.0
-            )
+            found["diversity"] = judged(diversity(x, asked), lambda: _diversity(x, asked), count, "diversity", 0.0, 2.0)
         if head is not None and source.labels is not None:
             with torch.no_grad():
                 right = head(x.to(next(head.parameters()).device)).cpu().argmax(1) == source.labels
