@@ -38,7 +38,7 @@ class EvaluateOptions:
     """What is measured, side by side: run directories, students, teachers (folders or hub ids), folders of images (png,
     jpg, webp), .npz files, tars or folders of tars; also "digits" and "shapes"."""
     reference: str | None = None
-    """Real images: any of those. Left out, those of the run that a student lies in."""
+    """Real images: a folder, .npz, tars, "digits" or "shapes". Left out, those of the run that a student lies in."""
     teacher: bool = False
     """Beside a run's student also measure its teacher, from the same noise."""
     protocol: Literal["clean-fid", "coco30k", "dinov2"] | None = None
@@ -382,10 +382,13 @@ def _yardstick(
     before = protocol.before if protocol else protocols.as_it_is
     name = protocol.name if protocol else "network"
     cache = Path(options.cache_dir) / "references"
-    reference = assess.reference_of(source, extractor, before, name, cache, place.device, options.batch_size, True)
+    content = source.digest()
+    reference = assess.reference_of(
+        source, content, extractor, before, name, cache, place.device, options.batch_size, True
+    )
     if protocol is protocols.DINOV2:
         extractor = replace(extractor, label=protocol.label)
-    return extractor, reference, {"name": source.name, "samples": reference.count, "sha256": source.digest()}
+    return extractor, reference, {"name": source.name, "samples": reference.count, "sha256": content}
 
 
 def _clip(options: EvaluateOptions, protocol: "Protocol | None", place: "Workplace") -> Any:

@@ -158,6 +158,7 @@ def _captions(source: Source, what: str) -> Sequence[str]:
 
 def reference_of(
     source: Source,
+    content: str,
     extractor: Extractor,
     before: Step,
     protocol: str,
@@ -171,10 +172,16 @@ def reference_of(
     A cached file is named by the content of all images, the network's weights and the protocol, and counts only if it
     has the SHA-256 that was noted beside it.
 
+    Args:
+        source: the reference set.
+        content: its digest.
+        extractor, before, protocol: how it is measured.
+        cache: folder of what is kept.
+
     Raises:
         InputError: an image is refused, or there are fewer than 4.
     """
-    facts = {"images": source.digest(), "network": extractor.identity(), "protocol": protocol}
+    facts = {"images": content, "network": extractor.identity(), "protocol": protocol}
     name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     file, note = cache / f"{name}.safetensors", cache / f"{name}.json"
     found = _cached(file, note, extractor.label)
@@ -247,44 +254,42 @@ def figures(
     _check_count(source, count)
 
     def judged(
-        value: float, statistic: Statistic, n: int, title: str, low: float, high: float = float("inf")
+        value: float, statistic: Callable[[], Statistic], n: int, title: str, low: float, high: float = float("inf")
     ) -> Figure:
         if not resamples:
             return Figure(value)
-        return Figure(value, *bootstrap.interval(value, statistic, n, resamples, seed, title, (low, high)))
+        return Figure(value, *bootstrap.interval(value, statistic(), n, resamples, seed, title, (low, high)))
 
-    def part(values: Tensor, title: str, high: float = 1.0) -> Figure:
-        return judged(values.double().mean().item(), mean_of(values), len(values), title, 0.0, high)
+    def mean(values: Tensor, title: str, low: float = 0.0, high: float = 1.0) -> Figure:
+        return judged(values.double().mean().item(), lambda: mean_of(values), len(values), title, low, high)
 
     found: dict[str, Figure] = {}
     if "features" in seen and reference is not None:
         x = seen["features"]
         kernel = label.replace("F", "K", 1)
+        real, few = reference.features, x[spread(count, MANIFOLD_SAMPLES)]
         distance = frechet_distance(reference.moments, moments(x))
-        statistic = resampled_distance(reference.moments, x) if resamples else mean_of(x[:, 0])
-        found[label] = judged(distance, statistic, count, label, 0.0)
-        few = x[spread(count, MANIFOLD_SAMPLES)]
-        statistic = resampled_kernel_distance(reference.features, few) if resamples else mean_of(few[:, 0])
-        found[kernel] = judged(kernel_distance(reference.features, x, seed), statistic, len(few), kernel, -float("inf"))
-        inside = members(reference.features, few)
-        found["precision"] = part(inside.precise, "precision")
-        found["recall"] = part(inside.recalled, "recall")
-        found["density"] = part(inside.dense, "density", float("inf"))
-        found["coverage"] = part(inside.covered, "coverage")
-        asked = sources.groups(source)
-        asked = torch.zeros(count, dtype=torch.int64) if asked is None else asked
+        found[label] = judged(distance, lambda: resampled_distance(reference.moments, x), count, label, 0.0)
+        distance = kernel_distance(real, x, seed)
+        found[kernel] = judged(distance, lambda: resampled_kernel_distance(real, few), len(few), kernel, -float("inf"))
+        inside = members(real, few)
+        found["precision"] = mean(inside.precise, "precision")
+        found["recall"] = mean(inside.recalled, "recall")
+        found["density"] = mean(inside.dense, "density", high=float("inf"))
+        found["coverage"] = mean(inside.covered, "coverage")
+        known = sources.groups(source)
+        asked = torch.zeros(count, dtype=torch.int64) if known is None else known
         if len(asked.unique()) < count:
-            found["diversity"] = judged(diversity(x, asked), _diversity(x, asked), count, "diversity", 0.0, 2.0)
+            found["diversity"] = judged(diversity(x, asked), lambda: _diversity(x, asked), count, "diversity", 0.0, 2.0)
         if head is not None and source.labels is not None:
             with torch.no_grad():
                 right = head(x.to(next(head.parameters()).device)).cpu().argmax(1) == source.labels
-            found["accuracy"] = part(right, "accuracy")
+            found["accuracy"] = mean(right, "accuracy")
     if "clip" in seen:
-        cosines = seen["clip"]
-        found["CLIP"] = judged(cosines.double().mean().item(), mean_of(cosines), count, "CLIP", -1.0, 1.0)
+        found["CLIP"] = mean(seen["clip"], "CLIP", -1.0)
     if "captions" in seen:
         for column, name in enumerate(("agreement", *caption.ATTRIBUTES)):
-            found[f"caption_{name}"] = part(seen["captions"][:, column], name)
+            found[f"caption_{name}"] = mean(seen["captions"][:, column], name)
     return found
 
 

@@ -7,7 +7,7 @@ Nothing is downloaded unless that was asked for, and no file is unpickled.
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +46,6 @@ class Extractor:
     net: nn.Module
     resizing: str
     head: nn.Module | None = None
-
-    def to(self, device: torch.device) -> "Extractor":
-        """The same on a device."""
-        return replace(self, net=self.net.to(device))
 
     def identity(self) -> str:
         """What determines the features of an image: a network's weights, name and preparation."""

@@ -18,9 +18,6 @@ from dmd.errors import InputError
 from dmd.metrics.protocols import Step, as_colour, as_it_is
 from dmd.metrics.sources import Pixels
 
-DMD2_PREFIX = "A photo depicts "
-"""What DMD2's evaluator puts before every caption, as Hessel et al. do."""
-
 
 @dataclass(frozen=True)
 class Clip:

@@ -46,7 +46,8 @@ def seen_of(source, extractor=None, batch=64):
 
 def reference(tmp_path, source=REAL, extractor=None, protocol="network"):
     extractor = extractor or of_classifier(NET)
-    return reference_of(source, extractor, as_it_is, protocol, tmp_path / "cache", CPU, 64, False)
+    cache = tmp_path / "cache"
+    return reference_of(source, source.digest(), extractor, as_it_is, protocol, cache, CPU, 64, False)
 
 
 def test_figures_equal_those_of_a_run_and_their_definitions(tmp_path):

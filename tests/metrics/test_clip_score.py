@@ -102,3 +102,29 @@ def test_open_clip_is_asked_for_by_name(monkeypatch):
     monkeypatch.setitem(sys.modules, "open_clip", None)
     with pytest.raises(InputError, match="pip install open_clip_torch"):
         clip_score.load("open_clip:ViT-B-32", None, False, torch.device("cpu"))
+
+
+def test_open_clip_s_cosines_are_its_own(tmp_path):
+    open_clip = pytest.importorskip("open_clip")
+    small = {"width": 16, "layers": 1, "heads": 2}
+    settings = {"embed_dim": 8, "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 8}}
+    settings["text_cfg"] = small | {"context_length": 77, "vocab_size": 49408}
+    (tmp_path / "tiny-clip.json").write_text(json.dumps(settings))
+    open_clip.add_model_config(tmp_path)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        net, _, prepare = open_clip.create_model_and_transforms("tiny-clip")
+    torch.save(net.state_dict(), tmp_path / "w.pt")
+    clip = clip_score.load("open_clip:tiny-clip", tmp_path / "w.pt", False, torch.device("cpu"))
+    images = [pixels(50, 40, 3, seed=i) for i in range(3)]
+    shown = torch.stack([prepare(Image.fromarray(image)) for image in images])
+    with torch.no_grad():
+        a, b = net.eval()(shown, open_clip.get_tokenizer("tiny-clip")(CAPTIONS[:3]))[:2]
+    torch.testing.assert_close(clip.cosines(images, CAPTIONS[:3]), (a * b).sum(1), rtol=1e-4, atol=1e-5)
+    with pytest.raises(InputError, match="needs weights: give a file as --clip-weights, or allow --download"):
+        clip_score.load("open_clip:tiny-clip", None, False, torch.device("cpu"))
+    with pytest.raises(InputError, match="open_clip has no network 'nothing'"):
+        clip_score.load("open_clip:nothing", None, False, torch.device("cpu"))
+    (tmp_path / "w.pt").write_bytes(b"cut")
+    with pytest.raises(InputError, match="open_clip:tiny-clip cannot be had from"):
+        clip_score.load("open_clip:tiny-clip", tmp_path / "w.pt", False, torch.device("cpu"))
