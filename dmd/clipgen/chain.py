@@ -319,7 +319,7 @@ class Chain:
         with torch.random.fork_rng(devices=[]):
             torch.random.default_generator.manual_seed(self.config.run.seed % 2**32)
             net = make()
-        return nn.Module.to(net, device=self.place.device, memory_format=torch.channels_last)
+        return net.to(self.place.device).to(memory_format=torch.channels_last)
 
     def _train(
         self, folder: Path, task: Task, batches: Callable[[int], Any], cadence: Cadence, title: str,
