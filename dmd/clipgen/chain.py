@@ -176,7 +176,8 @@ class Chain:
         o, place = self.config.clip, self.place
         drawn = self.config.data.captioned is None
         words = shapes.words() if drawn else _words(data.captions)
-        count = miniature.write_tokenizer(words, o.clip_tokens, folder / clips.WORDS)
+        place.first(lambda: miniature.write_tokenizer(words, o.clip_tokens, folder / clips.WORDS))
+        count = len(json.loads((folder / clips.WORDS / "vocab.json").read_text(encoding="utf-8")))
         sizes = ConvSizes(o.clip_patch, o.clip_widths, o.clip_blocks)
         facts = SmallClipConfig(
             self.config.data.size, sizes, o.clip_text_width, o.clip_text_layers, o.clip_tokens, count, o.clip_width
@@ -276,9 +277,10 @@ class Chain:
                     bar.update(len(x))
             checkpoint.save_tensors({"tokens": torch.cat(tokens), "embeddings": torch.cat(embeddings)}, path)
 
-        if not path.exists():
-            self.place.first(make)
+        fresh = not path.exists()
         self.place.accelerator.wait_for_everyone()
+        if fresh:
+            self.place.first(make)
         held = load_file(path)
         used = held["tokens"].unique().numel() / found.config.codes
         if used < FEW_CODES and self.place.main:
