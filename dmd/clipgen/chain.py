@@ -364,7 +364,9 @@ def reembedding(found: Tokenizer, clip: Clip) -> Reembed:
 
 
 def _short(steps: int) -> Cadence:
-    return Cadence(steps, 50, max(steps // 10, 1), keep=1, warmup=min(100, steps // 10), cooldown=steps // 2)
+    """The cadence of a stage that is cached when it is done."""
+    log_every = min(50, max(steps // 20, 1))
+    return Cadence(steps, log_every, max(steps // 10, 1), keep=1, warmup=min(100, steps // 10), cooldown=steps // 2)
 
 
 def _words(captions: Sequence[str]) -> list[str]:
