@@ -176,7 +176,8 @@ class Chain:
         o, place = self.config.clip, self.place
         drawn = self.config.data.captioned is None
         words = shapes.words() if drawn else _words(data.captions)
-        count = miniature.write_tokenizer(words, o.clip_tokens, folder / clips.WORDS)
+        place.first(lambda: miniature.write_tokenizer(words, o.clip_tokens, folder / clips.WORDS))
+        count = len(json.loads((folder / clips.WORDS / "vocab.json").read_text(encoding="utf-8")))
         sizes = ConvSizes(o.clip_patch, o.clip_widths, o.clip_blocks)
         facts = SmallClipConfig(
             self.config.data.size, sizes, o.clip_text_width, o.clip_text_layers, o.clip_tokens, count, o.clip_width
@@ -276,9 +277,10 @@ class Chain:
                     bar.update(len(x))
             checkpoint.save_tensors({"tokens": torch.cat(tokens), "embeddings": torch.cat(embeddings)}, path)
 
-        if not path.exists():
-            self.place.first(make)
+        fresh = not path.exists()
         self.place.accelerator.wait_for_everyone()
+        if fresh:
+            self.place.first(make)
         held = load_file(path)
         used = held["tokens"].unique().numel() / found.config.codes
         if used < FEW_CODES and self.place.main:
@@ -319,7 +321,7 @@ class Chain:
         with torch.random.fork_rng(devices=[]):
             torch.random.default_generator.manual_seed(self.config.run.seed % 2**32)
             net = make()
-        return nn.Module.to(net, device=self.place.device, memory_format=torch.channels_last)
+        return net.to(self.place.device).to(memory_format=torch.channels_last)
 
     def _train(
         self, folder: Path, task: Task, batches: Callable[[int], Any], cadence: Cadence, title: str,
@@ -362,7 +364,9 @@ def reembedding(found: Tokenizer, clip: Clip) -> Reembed:
 
 
 def _short(steps: int) -> Cadence:
-    return Cadence(steps, 50, max(steps // 10, 1), keep=1, warmup=min(100, steps // 10), cooldown=steps // 2)
+    """The cadence of a stage that is cached when it is done."""
+    log_every = min(50, max(steps // 20, 1))
+    return Cadence(steps, log_every, max(steps // 10, 1), keep=1, warmup=min(100, steps // 10), cooldown=steps // 2)
 
 
 def _words(captions: Sequence[str]) -> list[str]:

@@ -248,7 +248,7 @@ def _load_small(folder: Path, device: torch.device) -> SmallClip:
         raise InputError(f"{folder / CONFIG} does not describe a small CLIP: teach it again ({error})") from None
     checkpoint.load_weights(net, folder / WEIGHTS)
     words = stable_diffusion.tokenizer(folder / WORDS)
-    nn.Module.to(net, device=device, memory_format=torch.channels_last)
+    net = net.to(device).to(memory_format=torch.channels_last)
     return SmallClip(net.eval().requires_grad_(False), words)
 
 

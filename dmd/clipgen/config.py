@@ -118,12 +118,12 @@ class TransformerOptions:
     embedding_weight: float = 0.0
     """Weight of the distance between the embedding and that of the image which the tokens stand for; 0 leaves it out,
     as the published code does."""
-    max_train_steps: int = 2000
+    max_train_steps: int = 1600
     batch_size: int = 64
     learning_rate: float = 2e-3
     weight_decay: float = 0.05
     lr_warmup_steps: int = 100
-    lr_cooldown_steps: int = 1200
+    lr_cooldown_steps: int = 1000
     ema: float = 0.995
     max_grad_norm: float = 1.0
 

@@ -30,7 +30,7 @@ pre { white-space: pre-wrap; }
 <p>{{ headline }}</p>
 {% if picture %}
 <h2>Samples</h2>
-<p>Row by row: {{ rows | join("; ") }}. Columns are the captions {{ captions | join("; ") }}.</p>
+<p>Row by row: {{ rows | join("; ") }}. The columns of the first set are {{ captions | join("; ") }}.</p>
 <img src="{{ picture }}" alt="samples, row by row as listed above">
 {% endif %}
 {% if figures %}

@@ -144,8 +144,7 @@ def load(folder: str | Path, device: torch.device) -> Tokenizer:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
         raise InputError(f"{folder} is not the folder of an image tokenizer: it needs {CONFIG} of {KIND}") from None
     checkpoint.load_weights(found, folder / WEIGHTS)
-    nn.Module.to(found, device=device, memory_format=torch.channels_last)
-    return found.eval().requires_grad_(False)
+    return found.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
 # ----------------------------------------------------------------------------- training

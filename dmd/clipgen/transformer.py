@@ -62,6 +62,7 @@ class ConditionalTransformer(nn.Module):
                 n_embd=config.width,
                 n_layer=config.layers,
                 n_head=config.heads,
+                activation_function="gelu_pytorch_tanh",  # GPT-2's own, in one kernel
                 resid_pdrop=config.dropout,
                 embd_pdrop=config.dropout,
                 attn_pdrop=config.dropout,
