@@ -429,3 +429,19 @@ def test_locks_end_with_their_process(tmp_path):
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         assert locks.take(7)
+
+
+def test_an_actor_makes_the_shards_it_is_given_and_says_what_is_wrong(whole, tmp_path):
+    """Ray's worker without Ray: it checks, makes what is not whole, and returns a sentence instead of an error."""
+    synthesis.open_folder(tmp_path / "a", spec())
+    actor = synthesis.RayWorker(lambda: job(tmp_path / "a"))
+    for numbers, made in (([3, 4], 24), ([4], 0), ([0], 12)):
+        assert actor({"shard": np.array(numbers)}) == {"images": [made], "error": [""]}
+    assert synthesis.missing(tmp_path / "a", spec()) == [1, 2, 5, 6, 7, 8, 9]
+    flip(tmp_path / "a" / "00003.tar")
+    assert synthesis.missing(tmp_path / "a", spec())[2] == 3
+    assert actor({"shard": np.array([3])})["images"] == [12]
+    assert (tmp_path / "a" / "00003.tar").read_bytes() == (whole / "00003.tar").read_bytes()
+    nan = synthesis.RayWorker(lambda: job(tmp_path / "a", lambda c, n, e: stub(c, n, e) * float("nan")))
+    answer = nan({"shard": np.array([9])})
+    assert answer["images"] == [0] and "is not finite" in answer["error"][0]

@@ -15,11 +15,12 @@ sys.path.insert(0, str(Path(__file__).parent / "teachers"))
 import stub as stubs
 import tiny
 
-from dmd import synthesis
+from dmd import seeding, synthesis, teachers
 from dmd.cli import synthesize as command
 from dmd.data import groups
 from dmd.data.images import to_uint8
 from dmd.generate import REPLICAS, caption_source, guided_steps, student_generator
+from dmd.solvers import one_step
 from dmd.teachers import pixel
 
 ROOT = Path(__file__).parents[1]
@@ -156,6 +157,27 @@ def test_clip_scores_are_stored_and_low_ones_left_out(run, tmp_path, capsys):
     assert "5 images of 3 captions in 2 shards, 4 dropped" in capsys.readouterr().out
     read = {(i.caption_id, r) for i in groups.ImageGroups(tmp_path / "some", 1) for r in i.replicas}
     assert read <= {k for k, v in scores.items() if v >= limit}
+
+
+def test_stable_diffusion_draws_captions_of_any_length(tmp_path):
+    """A tiny random pipeline in version 1.5's layout, by one step and by two guided ones, from the same noise."""
+    tiny.save_pipeline(tmp_path)
+    texts = ["a red cat", "/ ..\\ 🔴", "very " * 2000 + "long"]
+    (tmp_path / "c.txt").write_text("\n".join(texts), encoding="utf-8")
+    argv = [str(tmp_path / "c.txt"), "--student", str(tmp_path / "tiny"), "--replicas", "2", "--shard-size", "4"]
+    argv += ["--batch-size", "4", "--image-format", "png", "--device", "cpu"]
+    command.main([*argv, "--out", str(tmp_path / "one")])
+    command.main([*argv, "--out", str(tmp_path / "two"), "--steps", "2", "--guidance-scale", "3", "--resize", "8"])
+    one, two = (list(groups.ImageGroups(tmp_path / name, 2, shuffle=False)) for name in ("one", "two"))
+    assert [i.caption for i in one] == [i.caption for i in two] == texts
+    assert one[0].images[0].shape == (3, 16, 16) and two[0].images[0].shape == (3, 8, 8)
+    pipeline = teachers.load(tmp_path / "tiny")
+    z = seeding.normal(0, seeding.Stream.SYNTHESIS, 0, torch.tensor([REPLICAS + 1]), pipeline.shape)
+    with torch.no_grad():
+        wanted = to_uint8(pipeline.codec.decode(one_step(pipeline.denoiser, z, pipeline.encode([texts[1]]))))[0]
+    assert (one[1].images[1].int() - wanted.int()).abs().max() <= 1
+    source = json.loads((tmp_path / "two" / "manifest.json").read_text())["spec"]["source"]
+    assert (source["kind"], source["steps"], source["guidance"]) == ("many steps", 2, 3.0)
 
 
 WRONG = {
