@@ -76,7 +76,7 @@ class Line:
 
 
 def sampler(runs: int) -> list[Line]:
-    """P1, of small networks, where it is hardest."""
+    """P1 of small networks, where it is hardest."""
     parts = sampling.random_parts(sampling.SMALL, torch.float32, torch.device("cpu"))
     todo = sampling.works(parts, 1, 1)
     names = [f"{kind}, {codec}" for codec in parts.codecs for kind in ("one step", "bare calls")]
@@ -93,11 +93,12 @@ def _added(found: Mapping[str, sampling.Measured], codec: str) -> float:
 
 
 def speed(runs: int, small: bool, dtype: torch.dtype) -> list[Line]:
-    """P3 and P4, on a GPU if there is one; P4 is of CPUs."""
+    """P1 at full size, P3 and P4, on a GPU if there is one; P4 is of CPUs."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     parts = sampling.random_parts(sampling.SMALL if small else sampling.SD_1_5, dtype, device)
     todo = sampling.works(parts, 1, 1)
-    wanted = ["guided steps", *(f"{kind}, {codec}" for codec in parts.codecs for kind in ("one step", "teacher"))]
+    kinds = ("one step", "bare calls", "teacher")
+    wanted = ["guided steps", *(f"{kind}, {codec}" for codec in parts.codecs for kind in kinds)]
     found = sampling.extrapolated(sampling.measure({name: todo[name] for name in wanted}, runs), STEPS)
     note = f"{STEPS} steps extrapolated from 1, {str(dtype).removeprefix('torch.')}"
     lines = []
@@ -107,6 +108,10 @@ def speed(runs: int, small: bool, dtype: torch.dtype) -> list[Line]:
         lines.append(Line("P3", f"speedup, {codec} decoder", ratio, "x", None if small else least, True, note))
         compared = None if small or device.type == "cuda" else most
         lines.append(Line("P4", f"one image, {codec} decoder", statistics.median(one), "s", compared))
+        if not small:
+            lines.append(
+                Line("P1", f"sampler over bare calls, 512 pixels, {codec}", 100 * _added(found, codec), "%", 2)
+            )
     return sorted(lines, key=lambda line: line.name)
 
 

@@ -104,3 +104,22 @@ def test_sd15_trains_on_a_gpu_of_24_gb():
     found = {name: peak(counts, case) / GIB for name, case in CASES.items()}
     assert found["LoRA fake score, checkpointing, 8-bit Adam (sd15-24gb)"] < 22
     assert list(found.values()) == pytest.approx([36.89, 33.71, 24.16, 21.10, 16.25], rel=0.03)
+
+
+def test_targets_are_bounds_of_either_side():
+    from benchmarks.all import Line
+
+    assert Line("P8", "time", 2.0, "s", 3).met and not Line("P8", "time", 4.0, "s", 3).met
+    assert Line("P6", "ratio", 0.96, "", 0.95, True).met and not Line("P6", "ratio", 0.9, "", 0.95, True).met
+    assert Line("P5", "rate", None, "", 150, True).met is None and Line("P4", "time", 1.0, "s", None).met is None
+    assert "MISSED" in str(Line("P8", "time", 4.0, "s", 3)) and "not measured" in str(Line("P5", "rate", None, "", 1))
+
+
+def test_the_targets_of_precision_and_distance_are_measured_and_met(monkeypatch):
+    """Rounding is the same on every machine; the distance at a small size, without its time."""
+    from benchmarks import all as module
+
+    assert all(line.met for line in module.precision())
+    monkeypatch.setattr(module, "DIMENSIONS", 48)
+    monkeypatch.setattr(module, "SAMPLES", 300)
+    assert all(line.met is not False for line in module.frechet())
