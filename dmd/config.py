@@ -417,7 +417,7 @@ PRESETS: dict[str, Config] = {
         preset="shapes",
         data=DataOptions(data="shapes", prompts="shapes", size=64, channels=3),
         teacher=TeacherOptions(teacher="shapes-teacher"),
-        pairs=PairOptions(pairs=1000, solver="ddim", teacher_steps=20, guidance=2.0, pair_shard_size=250),
+        pairs=PairOptions(pairs=1000, solver="ddim", teacher_steps=20, guidance=3.0, pair_shard_size=250),
         distill=DistillOptions(
             max_train_steps=400, batch_size=32, pair_batch_size=16, learning_rate=5e-4,
             lr_warmup_steps=25, lr_cooldown_steps=200, ema=0.99, lambda_reg=1.0, regression_on="latents",

@@ -26,7 +26,11 @@ class ShapesOptions:
 
     drawings: int = 60_000
     """How many drawings the denoiser learns from."""
-    training: MiniatureOptions = field(default_factory=lambda: MiniatureOptions(output_dir="runs/shapes-teacher"))
+    training: MiniatureOptions = field(
+        default_factory=lambda: MiniatureOptions(
+            output_dir="runs/shapes-teacher", steps=9600, decoder_steps=1500, guidance=3.0
+        )
+    )
 
 
 @dataclass(frozen=True)

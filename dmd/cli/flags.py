@@ -29,7 +29,7 @@ class Command:
     """Print the resolved config and stop."""
 
 
-def parse(argv: Sequence[str], prog: str, description: str, default: str = "digits") -> Command:
+def parse(argv: Sequence[str], prog: str, description: str, default: str = "shapes") -> Command:
     """Flags over a preset (the first argument, or `default`).
 
     Raises:

@@ -28,7 +28,7 @@ class SampleOptions:
     """Prompts, each in quotes; for a class-conditional network names of classes, all of them if left out."""
     prompts: str | None = None
     """File or folder of further prompts: .txt, .jsonl, .parquet, webdataset, or images with metadata.jsonl."""
-    student: str = "runs/digits/student"
+    student: str = "shapes-student"
     """Folder of a student or a teacher, pixels or text to image; or shapes-student or shapes-teacher, which ship."""
     teacher: bool = False
     """Beside it also sample its teacher, in many steps from the same noise."""
