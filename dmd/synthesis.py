@@ -179,7 +179,7 @@ class Maker:
         texts = [job.captions[i] for i in caption.tolist()]
         images = job.source(texts, image_number(caption, replica), 0)
         height, width = images.shape[-2:]
-        finite = images.isfinite().flatten(1).all(1)
+        finite = images.flatten(1).sum(1, dtype=torch.float32).isfinite()  # one pass: NaN and infinity stay in sums
         images = resized(images, spec.pixels)
         score = job.keep.score(images, texts) if job.keep else None
         fetch = [fetched(x[:count]) for x in (to_uint8(images), finite, *(() if score is None else (score,)))]

@@ -41,7 +41,8 @@ def to_float(images: Tensor) -> Tensor:
 
 def to_uint8(images: Tensor) -> Tensor:
     """Float images to the nearest of 256 levels, clamped to [-1, 1] first: what a PNG file of them holds."""
-    return ((images.float().clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
+    levels = images.float().clamp(-1.0, 1.0)
+    return levels.add_(1.0).mul_(127.5).round_().to(torch.uint8)  # in place: a batch of large images is a lot of memory
 
 
 def pad_to(images: Tensor, size: int) -> Tensor:
