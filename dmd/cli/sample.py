@@ -120,7 +120,7 @@ def sample(options: SampleOptions) -> None:
         scale = 1.0 if options.guidance_scale is None else options.guidance_scale
         runs = [("many steps", student, guided_steps(student, scale, many_steps))]
     if options.teacher:
-        source, guidance = teacher_of(Path(shipped.resolve(options.student)))
+        source, guidance = teacher_of(Path(options.student))
         teacher = teachers.load(source, device, autocast)
         scale = guidance if options.guidance_scale is None else options.guidance_scale
         runs.append(("teacher", teacher, guided_steps(teacher, scale, many_steps)))
@@ -173,6 +173,7 @@ def teacher_of(student: Path) -> tuple[str, float]:
     Raises:
         InputError: the folder is not in a finished run, and its card names no teacher that could be had.
     """
+    student = Path(shipped.resolve(student))
     run = student.resolve().parent
     try:
         guidance = json.loads((run / "config.json").read_text(encoding="utf-8"))["pairs"]["guidance"]

@@ -30,8 +30,8 @@ class SynthesizeOptions:
     """.jsonl as `dmd captions` writes it, or .txt, .parquet, webdataset, or images with metadata.jsonl."""
     out: str = "data/synthetic"
     """Folder of the data set."""
-    student: str = "runs/digits/student"
-    """Folder of a student, or with --steps of a teacher."""
+    student: str = "shapes-student"
+    """Folder of a student, or with --steps of a teacher; or shapes-student or shapes-teacher, which ship."""
     teacher: bool = False
     """The student's own teacher makes the images instead."""
     steps: int | None = None
@@ -97,8 +97,8 @@ def synthesize(options: SynthesizeOptions) -> None:
     for note in notes if first else ():
         print(f"note: {note}")
     if first and options.image_format in SLOW:
-        rate = SLOW[options.image_format]
-        print(f"note: a core writes about {rate} images a second of 512 pixels as {options.image_format}, 500 as jpg")
+        slow = SLOW[options.image_format]
+        print(f"note: a core writes about {slow} images a second of 512 pixels as {options.image_format}, 500 as jpg")
     job = build(options, captions)
     spec = job.spec
     measure = _measure(options) if options.diversity else None  # its weights may be missing: better said before
@@ -199,7 +199,7 @@ def build(options: SynthesizeOptions, captions: list[str] | None = None) -> "Job
 
     from dmd import teachers
     from dmd.build import text_digest
-    from dmd.cli.sample import TINY, find_device, teacher_of
+    from dmd.cli.sample import find_device, teacher_of
     from dmd.generate import caption_source, guided_steps, student_generator
     from dmd.shards import Spec
     from dmd.synthesis import Filter, Job
@@ -212,7 +212,7 @@ def build(options: SynthesizeOptions, captions: list[str] | None = None) -> "Job
     scale = scale if o.guidance_scale is None else o.guidance_scale
     pipeline = teachers.load(folder, device, autocast)
     pipeline.encode(captions if pipeline.classes else captions[:1])  # refuses unknown classes before anything is made
-    codec = pipeline.codec if o.decoder == "full" else teachers.tiny_codec(o.decoder, device, TINY)
+    codec = pipeline.codec if o.decoder == "full" else teachers.tiny_codec(o.decoder, device)
     steps = o.steps or (50 if o.teacher else 1)
     many = o.teacher or steps > 1
     generator = guided_steps(pipeline, scale, steps) if many else student_generator(pipeline.denoiser)

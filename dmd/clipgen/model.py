@@ -6,6 +6,7 @@ MODEL/tokenizer/                                    config.json, model.safetenso
 MODEL/clip/                                         a small CLIP; one of others stays where it was loaded from
 """
 
+import functools
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -76,13 +77,8 @@ class Model:
         """
         tries, scores = [], []
         for c in range(candidates):
-            made = sampling.in_units(
-                lambda e, s, c=c: self._make(e, s, sampler, c),
-                conditions,
-                seeds,
-                unit,
-                tick,  # type: ignore[misc]
-            )
+            make = functools.partial(self._make, sampler=sampler, candidate=c)
+            made = sampling.in_units(make, conditions, seeds, unit, tick)
             if candidates == 1:
                 return made
             tries.append(made)

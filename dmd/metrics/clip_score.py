@@ -78,7 +78,8 @@ def _transformers(source: str, download: bool, device: torch.device) -> Clip:
         kind = AutoConfig.from_pretrained(source, **facts).model_type
         if kind != "clip":
             raise InputError(f"{source} is a {kind}, not a CLIP: give one such as openai/clip-vit-base-patch16")
-        net: Any = CLIPModel.from_pretrained(source, use_safetensors=True, **facts).to(device).eval()
+        net: Any = CLIPModel.from_pretrained(source, use_safetensors=True, **facts)
+        net = net.to(device).eval()
         prepare = CLIPImageProcessor.from_pretrained(source, **facts)
         tokenizer = CLIPTokenizer.from_pretrained(source, **facts)
     except InputError:
