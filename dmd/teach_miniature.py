@@ -306,7 +306,7 @@ def _card(options: MiniatureOptions, world: World, place: Workplace, folder: Pat
     weights = sorted(p for part in layout.STEMS for p in (folder / part).glob("*.safetensors"))
     card = {
         "command": " ".join(["dmd", *sys.argv[1:]]),
-        "environment": build.environment(place) | {"command": sys.argv},
+        "environment": build.environment(place) | {"command": ["dmd", *sys.argv[1:]]},
         "options": asdict(options),
         "images": world.digest,
         "seconds": seconds,
