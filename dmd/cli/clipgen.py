@@ -1,7 +1,6 @@
 """`dmd clipgen teach-tokenizer | teach-clip | train | sample | evaluate`: text to image learnt from images alone."""
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,6 +11,7 @@ import tyro
 
 from dmd.cli import flags
 from dmd.cli.sample import find_device, parse_seeds, save_png, slug
+from dmd.cli.train import open_directory
 from dmd.clipgen.config import (
     PRESETS,
     Config,
@@ -89,7 +89,7 @@ def train(argv: Sequence[str], prog: str) -> None:
     place = build.start(config.run)
     place.first(lambda: check_directory(folder, config, command.fresh))
     chain = place.together(lambda: Chain(config, place, folder))
-    place.first(lambda: _open_directory(folder, config, command.fresh))
+    place.first(lambda: open_directory(folder, to_json(config), CONTENT, command.fresh))
     try:
         chain.run()
     except Stopped as stopped:
@@ -108,19 +108,6 @@ def check_directory(folder: Path, config: Config, fresh: bool) -> None:
         old = read(folder / "config.json")
         if not fresh:
             require_same(old, config, str(folder))
-
-
-def _open_directory(folder: Path, config: Config, fresh: bool) -> None:
-    from dmd.checkpoint import write_json
-
-    for name in CONTENT if fresh else ():
-        path = folder / name
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", to_json(config))
 
 
 def teach_tokenizer(argv: Sequence[str], prog: str) -> None:

@@ -2,8 +2,9 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from dmd.cli import flags
 from dmd.config import Config, read, require_same, to_json
@@ -40,7 +41,7 @@ def train(config: Config, fresh: bool = False) -> None:
     chain = place.together(lambda: Chain(config, place, folder))
     if not fresh:
         place.together(chain.require_same_inputs)
-    place.first(lambda: open_directory(folder, config, fresh))
+    place.first(lambda: open_directory(folder, to_json(config), CONTENT, fresh))
     chain.run()
 
 
@@ -59,18 +60,23 @@ def check_directory(folder: Path, config: Config, fresh: bool) -> None:
         require_same(read(folder / "config.json"), config, str(folder))
 
 
-def open_directory(folder: Path, config: Config, fresh: bool) -> None:
-    """Make a run directory, or go on with the one that `check_directory` has accepted."""
+def open_directory(folder: Path, config: Mapping[str, Any], content: Sequence[str], fresh: bool) -> None:
+    """Make a run directory, or go on with one that has been accepted (`check_directory`).
+
+    Args:
+        config: plain, as config.json is to hold it.
+        content: names of what a run of this kind writes, deleted first if `fresh`.
+    """
     from dmd.checkpoint import write_json
 
-    for name in CONTENT if fresh else ():
+    for name in content if fresh else ():
         path = folder / name
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", to_json(config))
+    write_json(folder / "config.json", config)
 
 
 def is_run(folder: Path) -> bool:
