@@ -80,11 +80,15 @@ def sampler(runs: int) -> list[Line]:
     parts = sampling.random_parts(sampling.SMALL, torch.float32, torch.device("cpu"))
     todo = sampling.works(parts, 1, 1)
     names = [f"{kind}, {codec}" for codec in parts.codecs for kind in ("one step", "bare calls")]
-    found = sampling.measure({name: todo[name] for name in names}, runs)
+    found = _measured({name: todo[name] for name in names}, runs)
     return [
         Line("P1", f"sampler over bare calls, small nets, {codec}", 100 * _added(found, codec), "%", 5)
         for codec in parts.codecs
     ]
+
+
+def _measured(todo: dict[str, sampling.Work], runs: int) -> dict[str, sampling.Measured]:
+    return sampling.measure(todo, sampling.operations(todo), runs, 0)
 
 
 def _added(found: Mapping[str, sampling.Measured], codec: str) -> float:
@@ -99,7 +103,7 @@ def speed(runs: int, small: bool, dtype: torch.dtype) -> list[Line]:
     todo = sampling.works(parts, 1, 1)
     kinds = ("one step", "bare calls", "teacher")
     wanted = ["guided steps", *(f"{kind}, {codec}" for codec in parts.codecs for kind in kinds)]
-    found = sampling.extrapolated(sampling.measure({name: todo[name] for name in wanted}, runs), STEPS)
+    found = sampling.extrapolated(_measured({name: todo[name] for name in wanted}, runs), STEPS)
     note = f"{STEPS} steps extrapolated from 1, {str(dtype).removeprefix('torch.')}"
     lines = []
     for codec, least, most in (("full", 24.0, 3.4), ("tiny", 80.0, 1.3)):

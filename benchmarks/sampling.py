@@ -5,14 +5,17 @@ tokens, noise, text encoder, UNet, decoder, the image on the CPU. Beside it the 
 sees what the sampler adds (target: 2 % at 512 pixels), and each network alone, with its share of the arithmetic that a
 large matrix product reaches. All with the autoencoder's decoder and with a tiny one (the sizes of TAESD).
 
+--modes says how the networks run: as they are (eager), compiled, or compiled and replayed as CUDA graphs; the first
+calls of each, which compile, are not measured.
+
 Left alone it measures networks of the size of Stable Diffusion 1.5 with random weights; a folder of any such pipeline,
 teacher or student, is measured instead with --pipeline (its tiny decoder stays random, so look at no images). Without
 a GPU only two of the teacher's steps are run, unless with --full, and its times are then extrapolated and say so.
 """
 
 import argparse
+import itertools
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -24,8 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.common import finish, middle, say_machine, seconds
-from benchmarks.step import matmul_rate
+from benchmarks.common import finish, matmul_rate, middle, peak_memory, say_machine, seconds
 from dmd.codec import KL, Codec, Tiny
 from dmd.denoiser import Guided, NetworkDenoiser, epsilon
 from dmd.errors import InputError
@@ -38,6 +40,9 @@ from dmd.teachers.stable_diffusion import TextEncoder, TimestepNet
 GUIDANCE = 7.5
 SOME_STEPS = 2
 """Of the teacher, where all would take too long."""
+MODES = {"eager": None, "compile": "default", "graphs": "reduce-overhead"}
+"""How networks may run, and what torch.compile calls it."""
+Work = Callable[[], object]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -163,7 +168,17 @@ def with_tiny(denoiser: NetworkDenoiser, text: TextEncoder, shape: tuple[int, ..
     return Parts(denoiser.eval(), text, shape, enlargement, {"full": full, "tiny": Tiny(tiny)})
 
 
-def works(parts: Parts, batch: int, steps: int) -> dict[str, Callable[[], object]]:
+def run_as(parts: Parts, mode: str) -> None:
+    """Let UNet, text encoder and decoders run in one of `MODES` from now on."""
+    torch.compiler.reset()
+    if mode == "eager":
+        return
+    networks = [parts.denoiser.get_submodule("net.unet"), parts.text.network]
+    for net in [*networks, *(codec.vae.decoder for codec in parts.codecs.values())]:
+        nn.Module.compile(net, dynamic=False, mode=MODES[mode])
+
+
+def works(parts: Parts, batch: int, steps: int) -> dict[str, Work]:
     """What is timed, by name: networks alone, bare calls one after the other, and what users run."""
     unet: Any = parts.denoiser.get_submodule("net.unet")
     text: Any = parts.text.network
@@ -194,7 +209,7 @@ def works(parts: Parts, batch: int, steps: int) -> dict[str, Callable[[], object
         )
 
     one, many = student_generator(parts.denoiser), teacher_generator(teacher, ddim, steps)
-    found: dict[str, Callable[[], object]] = {
+    found: dict[str, Work] = {
         "text encoder": partial(text, ids),
         "UNet": partial(unet, x, index, words, return_dict=False),
         "guided steps": partial(ddim, teacher, x.float(), steps, cond),
@@ -225,30 +240,31 @@ class Measured:
 
 
 @torch.no_grad()
-def measure(todo: dict[str, Callable[[], object]], runs: int) -> dict[str, Measured]:
-    """Every work `runs` times, in turns, so that a busy moment of the machine meets all."""
-    times: dict[str, list[float]] = {name: [] for name in todo}
-    memory, flops = {}, {}
+def operations(todo: dict[str, Work]) -> dict[str, float]:
+    """Floating-point operations of each work, which can be counted only as long as nothing is compiled."""
+    found = {}
     for name, work in todo.items():
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
         with FlopCounterMode(display=False) as counter:
             work()
-        memory[name], flops[name] = peak_memory(), counter.get_total_flops()
-    for run in range(runs):
+        found[name] = counter.get_total_flops()
+    return found
+
+
+@torch.no_grad()
+def measure(todo: dict[str, Work], flops: dict[str, float], runs: int, warm_up: int) -> dict[str, Measured]:
+    """Every work `runs` times, in turns, so that a busy moment of the machine meets all."""
+    times: dict[str, list[float]] = {name: [] for name in todo}
+    memory = {}
+    for name, work in todo.items():
+        seconds(work, 0, warm_up)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        times[name] += seconds(work, 1, 0)
+        memory[name] = peak_memory()
+    for _ in range(runs - 1):
         for name, work in todo.items():
-            times[name] += seconds(work, 1, 0 if run else 1)
+            times[name] += seconds(work, 1, 0)
     return {name: Measured(times[name], flops[name], memory[name]) for name in todo}
-
-
-def peak_memory() -> float:
-    """MiB that the device has held at most; without a GPU, the process (its resident set)."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def extrapolated(found: dict[str, Measured], factor: float) -> dict[str, Measured]:
@@ -269,10 +285,10 @@ def figures(found: dict[str, Measured], names: list[str]) -> dict[str, float]:
     return {"speedup, UNet": ratio("guided steps", "UNet")} | speedups | overheads
 
 
-def show(found: dict[str, Measured], ratios: dict[str, float], batch: int, peak: float, note: str) -> None:
-    """The table of a batch size; `peak` operations per second are what the device can do."""
+def show(found: dict[str, Measured], ratios: dict[str, float], mode: str, batch: int, peak: float, note: str) -> None:
+    """The table of a mode and batch size; `peak` operations per second are what the device can do."""
     memory = "peak MiB" if torch.cuda.is_available() else "peak MiB so far"
-    print(f"\nbatch {batch:<16}{'ms per image':>20}{'of matmul':>11}{memory:>17}")
+    print(f"\n{f'{mode}, batch {batch}':22}{'ms per image':>20}{'of matmul':>11}{memory:>17}", flush=True)
     for name, m in found.items():
         median, spread = (1e3 * t / batch for t in middle(m.seconds))
         share = m.flops / statistics.median(m.seconds) / peak
@@ -288,6 +304,7 @@ def main() -> None:
     parser.add_argument("--pipeline", type=Path, help="a folder in diffusers' layout instead of random weights")
     parser.add_argument("--dtype", choices=DTYPES, help="float16 on a GPU and float32 on a CPU if left out")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1])
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=["eager"])
     parser.add_argument("--steps", type=int, default=50, help="of the teacher")
     parser.add_argument("--full", action="store_true", help="run all the teacher's steps also without a GPU")
     parser.add_argument("--runs", type=int, default=10, help="at least 2")
@@ -311,23 +328,29 @@ def main() -> None:
         what = "small networks, random weights" if options.quick else "Stable Diffusion 1.5, random weights"
         parts = random_parts(SMALL if options.quick else SD_1_5, dtype, device)
     pixels = parts.shape[-1] * parts.enlargement
+    torch.backends.cudnn.benchmark = True
     peak = matmul_rate(device, dtype)
     print(f"{what}: {pixels} pixels, {dtype_name}, {options.steps} guided steps")
     print(f"large matrix product: {peak / 1e12:.3g} TFLOP/s")
 
     run_steps = options.steps if gpu or options.full else min(SOME_STEPS, options.steps)
     note = "" if run_steps == options.steps else f"EXTRAPOLATED from {run_steps} steps to {options.steps}"
+    todo = {batch: works(parts, batch, run_steps) for batch in options.batch_sizes}
+    flops = {batch: operations(work) for batch, work in todo.items()}
     results = []
-    for batch in options.batch_sizes:
-        found = measure(works(parts, batch, run_steps), 3 if options.quick else options.runs)
+    for mode, batch in itertools.product(options.modes, options.batch_sizes):
+        if batch == options.batch_sizes[0]:
+            run_as(parts, mode)
+        runs = 3 if options.quick else options.runs
+        found = measure(todo[batch], flops[batch], runs, 0 if mode == "eager" else 3)
         found = extrapolated(found, options.steps / run_steps)
         ratios = figures(found, list(parts.codecs))
-        show(found, ratios, batch, peak, note)
+        show(found, ratios, mode, batch, peak, note)
         rows = {}
         for name, m in found.items():
             median, spread = (1e3 * t / batch for t in middle(m.seconds))
             rows[name] = {"ms_per_image": median, "spread_ms": spread, "flops": m.flops, "peak_mib": m.peak_mib}
-        results.append({"batch": batch} | rows | ratios)
+        results.append({"mode": mode, "batch": batch} | rows | ratios)
     finish("sampling", {
         "networks": what, "pixels": pixels, "dtype": dtype_name, "matmul_flops_per_second": peak,
         "steps": options.steps, "teacher_steps_run": run_steps, "extrapolated": bool(note), "batches": results,

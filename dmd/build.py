@@ -237,6 +237,8 @@ def teach(config: Config, data: ImageSet, place: Workplace, folder: Path) -> boo
     denoiser = pixel.build(architecture, config.run.seed, place.autocast).to(place.device)
     denoiser.net.to(memory_format=torch.channels_last)
     ema = Ema(denoiser.net, t.teach_ema)
+    if config.memory.compile:
+        denoiser.net.compile(dynamic=False)
     optimizer = adam(denoiser.net, t.teach_lr, (0.9, 0.99), 0.0)
     assert isinstance(denoiser.schedule, Karras)
     batches = TeachBatches(
@@ -398,7 +400,7 @@ def distiller(config: Config, teacher: Pipeline, place: Workplace, distance: Dis
         )
     if m.compile:
         for net in (student.net, real.net, fake.net):
-            net.compile()
+            net.compile(dynamic=False)  # a run has few shapes of batch, and kernels for one of them are faster
     betas = (d.adam_beta1, d.adam_beta2)
     optimizer = adam_8bit if m.adam_8bit else adam
     return Distiller(

@@ -166,7 +166,7 @@ class MemoryOptions:
     enable_xformers_memory_efficient_attention: bool = False
     """Use xformers' attention where it is installed; torch's own is as fast or faster."""
     compile: bool = False
-    """Compile the networks with torch.compile: the first steps take minutes, the others less."""
+    """Compile the networks with torch.compile, while teaching too: the first steps take minutes, the others less."""
 
 
 @dataclass(frozen=True)

@@ -129,11 +129,14 @@ class Pairs:
     def __len__(self) -> int:
         return self.spec.count
 
-    def __getitem__(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(z, y, condition numbers) of pairs `index` (B,): float32 (B, C, H, W) twice, int64 (B,)."""
+    def __getitem__(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """(y, condition numbers) of pairs `index` (B,): float32 (B, C, H, W) and int64 (B,)."""
         size = self.spec.shard_size
-        y = torch.stack([self._images[i // size][i % size] for i in index.tolist()]).float()
-        return self.spec.noise(index), y, self._condition[index]
+        return torch.stack([self._images[i // size][i % size] for i in index.tolist()]).float(), self._condition[index]
+
+    def noise(self, index: Tensor) -> Tensor:
+        """Their z, float32 (B, C, H, W), on the device of `index`."""
+        return self.spec.noise(index)
 
 
 def _valid(folder: Path, shard: int) -> bool:
