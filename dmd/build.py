@@ -276,7 +276,7 @@ def teach(config: Config, data: ImageSet, place: Workplace, folder: Path) -> boo
 
 def load_teacher(config: Config, data: ImageSet | None, place: Workplace, source: str | Path) -> Pipeline:
     """The teacher, frozen. Raises InputError if it is not for this data."""
-    found = teachers.load(source, place.device, place.autocast)
+    found = teachers.load(source, place.device, place.autocast, config.teacher.variant)
     found.denoiser.requires_grad_(False)
     if config.data.prompts is None:
         assert data is not None  # by `check`
@@ -379,25 +379,9 @@ def regression(config: Config, metric: Distance, codec: Codec, device: torch.dev
 
 
 def distiller(config: Config, teacher: Pipeline, place: Workplace, distance: Distance) -> Distiller:
-    """Student and fake score begin as copies of the teacher; or the fake score shares the teacher's weights, with
-    adapters of its own."""
+    """Student and fake score begin as copies of the teacher, or as adapters on its weights, which three can share."""
     d, m = config.distill, config.memory
-    student = copy.deepcopy(teacher.denoiser).requires_grad_(True)
-    real, fake = teacher.denoiser, copy.deepcopy(teacher.denoiser) if m.fake_lora_rank == 0 else teacher.denoiser
-    fake.requires_grad_(m.fake_lora_rank == 0)
-    for net, what in ((student.net, "student"), (fake.net, "fake score")):
-        if m.gradient_checkpointing:
-            switches.recompute(net, what)
-        if m.enable_xformers_memory_efficient_attention:
-            switches.use_xformers(net, what)
-    if m.real_in_bf16:
-        teacher.denoiser.net.to(torch.bfloat16)
-    if m.fake_lora_rank:
-        adapted = lora.AdaptedNet(teacher.denoiser.net, m.fake_lora_rank, config.run.seed % 2**32)
-        real, fake = (
-            NetworkDenoiser(net, real.schedule, real.prediction, place.autocast)
-            for net in (lora.BareNet(adapted), adapted)
-        )
+    student, real, fake = _networks(config, teacher)
     if m.compile:
         for net in (student.net, real.net, fake.net):
             net.compile(dynamic=False)  # a run has few shapes of batch, and kernels for one of them are faster
@@ -415,6 +399,39 @@ def distiller(config: Config, teacher: Pipeline, place: Workplace, distance: Dis
         d.max_grad_norm,
         clip_and_check,
     )
+
+
+def _networks(config: Config, teacher: Pipeline) -> tuple[NetworkDenoiser, NetworkDenoiser, NetworkDenoiser]:
+    """Student, real and fake score."""
+    m, real = config.memory, teacher.denoiser
+    ranks = (m.student_lora_rank, m.fake_lora_rank)
+    copies = [copy.deepcopy(real).requires_grad_(True) if rank == 0 else None for rank in ranks]
+    if m.real_in_bf16:
+        real.net.to(torch.bfloat16)
+    for denoiser, what in zip(copies, ("student", "fake score"), strict=True):
+        if denoiser is not None:
+            _switch(config, denoiser.net, what)
+    if not any(ranks):
+        student, fake = (c for c in copies if c is not None)
+        return student, real, fake
+    shared = lora.SharedNet(real.net)
+    _switch(config, shared.net, "shared network", shared.pinned)
+
+    def on_shared(net: torch.nn.Module) -> NetworkDenoiser:
+        return NetworkDenoiser(net, real.schedule, real.prediction, real.autocast)
+
+    student, fake = (
+        on_shared(lora.AdaptedNet(shared, rank, (config.run.seed + i) % 2**32)) if found is None else found
+        for i, rank, found in zip((1, 0), ranks, copies, strict=True)
+    )
+    return student, on_shared(lora.BareNet(shared)), fake
+
+
+def _switch(config: Config, net: torch.nn.Module, what: str, *pinned: Any) -> None:
+    if config.memory.gradient_checkpointing:
+        switches.recompute(net, what, *pinned)
+    if config.memory.enable_xformers_memory_efficient_attention:
+        switches.use_xformers(net, what)
 
 
 def ema_denoiser(task: Distiller) -> NetworkDenoiser:

@@ -43,6 +43,9 @@ class TeacherOptions:
     """Folder of a teacher: a pixel network (config.json, model.safetensors) or a Stable Diffusion pipeline
     (model_index.json), or its id on the hub. Left out, a pixel network is taught here, once,
     and cached."""
+    variant: str | None = None
+    """Which of a Stable Diffusion teacher's weights are read where there are several: "fp16" for files named
+    *.fp16.safetensors."""
     width: int = 24
     """Channels of the UNet's first resolution."""
     multipliers: tuple[int, ...] = (1, 2)
@@ -161,6 +164,9 @@ class MemoryOptions:
     fake_lora_rank: int = 0
     """Train adapters of this rank on the frozen teacher as the fake score, instead of a second network; 0 is a second
     network."""
+    student_lora_rank: int = 0
+    """Train adapters of this rank on the frozen teacher as the student, too; 0 trains a whole network. The student is
+    written whole and, beside it, as adapters alone."""
     adam_8bit: bool = False
     """Keep the optimisers' states in 8 bits (needs CUDA and bitsandbytes)."""
     enable_xformers_memory_efficient_attention: bool = False
@@ -232,7 +238,7 @@ RESUMABLE = {
     "max_train_steps", "eval_every", "eval_samples", "final_samples", "checkpointing_steps", "checkpoints_total_limit",
     "log_every", "report_to", "cache_dir", "cpu", "output_dir", "download", "lpips_weights", "features", "data",
     "teacher", "prompts", "repeats", "compare_steps", "gradient_checkpointing", "checkpoint_decoder", "compile",
-    "enable_xformers_memory_efficient_attention",
+    "enable_xformers_memory_efficient_attention", "variant",
 }  # fmt: skip
 """Options that may differ when a run is resumed; files are compared by content instead."""
 
@@ -262,7 +268,7 @@ def check(config: Config) -> None:
     not_negative = {
         "--teach-steps": config.teacher.teach_steps, "--lr-warmup-steps": d.lr_warmup_steps,
         "--lr-cooldown-steps": d.lr_cooldown_steps, "--weight-decay": d.weight_decay, "--lambda-reg": d.lambda_reg,
-        "--fake-lora-rank": config.memory.fake_lora_rank,
+        "--fake-lora-rank": config.memory.fake_lora_rank, "--student-lora-rank": config.memory.student_lora_rank,
         "--eval-every": e.eval_every, "--checkpointing-steps": r.checkpointing_steps,
     }  # fmt: skip
     for flag, value in not_negative.items():

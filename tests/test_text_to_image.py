@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -127,6 +128,47 @@ def test_a_run_with_adapters_resumes_and_its_checkpoint_holds_them_alone(world):
     train.main(flags(world, world / "lora-again", *more, "--max-train-steps", "2"))
     train.main(flags(world, world / "lora-again", *more))
     assert equal(weights(world / "lora"), weights(world / "lora-again"))
+
+
+def test_one_unet_can_be_student_real_and_fake_score(world):
+    """Adapters on the frozen teacher for both: the first step is that of two networks, the last makes both folders."""
+    pytest.importorskip("peft")
+    more = ("--student-lora-rank", "2", "--fake-lora-rank", "3", "--gradient-checkpointing", "--learning-rate", "0.05")
+    train.main(flags(world, world / "both", *more))
+    a, b = figures(world / "run")[0], figures(world / "both")[0]
+    for name in ("loss/matching", "loss/regression", "loss/fake"):
+        assert a[name] == pytest.approx(b[name], rel=1e-4)
+    newest = max((world / "both" / "checkpoints").iterdir())
+    for name in ("student", "fake", "ema"):
+        assert all(key.startswith("adapters.") for key in load_file(newest / f"{name}.safetensors"))
+    train.main(flags(world, world / "both-again", *more, "--max-train-steps", "2"))
+    train.main(flags(world, world / "both-again", *more))
+    assert equal(weights(world / "both"), weights(world / "both-again"))
+
+    teacher = teachers.load(world / "teacher").denoiser.net.get_submodule("unet").state_dict()
+    adapters = load_file(world / "both" / "student-lora" / "pytorch_lora_weights.safetensors")
+    student, changed = weights(world / "both"), set()
+    for name, value in teacher.items():
+        a, b = (adapters.get(f"unet.{name.removesuffix('.weight')}.lora_{which}.weight") for which in "AB")
+        expected = value if a is None or b is None else value + b @ a
+        torch.testing.assert_close(student[name], expected, rtol=1e-5, atol=1e-6)
+        changed |= {name} if not torch.equal(student[name], value) else set()
+    assert len(changed) == len(adapters) / 2
+
+
+def test_a_teacher_s_variant_is_read_and_its_student_written(world, tmp_path):
+    """Files of a variant alone: the same run, where --variant names it, and a sentence where it does not."""
+    shutil.copytree(world / "teacher", tmp_path / "teacher", ignore=shutil.ignore_patterns("stages"))
+    for path in tmp_path.glob("teacher/*/*.safetensors"):
+        path.rename(path.with_name(path.name.replace(".safetensors", ".fp16.safetensors")))
+    more = ("--teacher", str(tmp_path / "teacher"))
+    with pytest.raises(SystemExit):
+        train.main(flags(world, tmp_path / "run", *more))
+    train.main(flags(world, tmp_path / "run", *more, "--variant", "fp16"))
+    assert equal(weights(tmp_path / "run"), weights(world / "run"))
+    sample.main(["a", "--student", str(tmp_path / "run" / "student"), "--teacher", "--steps", "2", "--variant", "fp16",
+                 "--seeds", "0", "--out", str(tmp_path / "out")])  # fmt: skip
+    assert len(list((tmp_path / "out").glob("teacher-*.png"))) == 1
 
 
 def test_regression_can_be_of_a_crop_and_through_a_tiny_decoder(world, tmp_path):
