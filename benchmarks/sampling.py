@@ -42,6 +42,8 @@ SOME_STEPS = 2
 """Of the teacher, where all would take too long."""
 MODES = {"eager": None, "compile": "default", "graphs": "reduce-overhead"}
 """How networks may run, and what torch.compile calls it."""
+WARM_UP = {"eager": 0, "compile": 1, "graphs": 3}
+"""Calls before the first that is measured; eager ones have run while their operations were counted."""
 Work = Callable[[], object]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -342,7 +344,7 @@ def main() -> None:
         if batch == options.batch_sizes[0]:
             run_as(parts, mode)
         runs = 3 if options.quick else options.runs
-        found = measure(todo[batch], flops[batch], runs, 0 if mode == "eager" else 3)
+        found = measure(todo[batch], flops[batch], runs, WARM_UP[mode])
         found = extrapolated(found, options.steps / run_steps)
         ratios = figures(found, list(parts.codecs))
         show(found, ratios, mode, batch, peak, note)

@@ -31,9 +31,10 @@ from dmd.config import Config
 from dmd.denoiser import NetworkDenoiser
 from dmd.distill import Batch, Distance, Distiller
 from dmd.errors import InputError
+from dmd.noise import DDPM
 from dmd.pipeline import Pipeline
 from dmd.solvers import one_step
-from dmd.teachers import pixel
+from dmd.teachers import layout, pixel
 from dmd.teachers.stable_diffusion import StableDiffusion
 
 CLASSES = tuple(str(i) for i in range(10))
@@ -60,15 +61,17 @@ def random_pipeline(place: build.Workplace) -> Pipeline:
     net, codec = parts.denoiser.net.requires_grad_(False), parts.codecs["full"]
     codec.vae.requires_grad_(False)
     parts.text.network.requires_grad_(False)
-    denoiser = NetworkDenoiser(net, parts.denoiser.schedule, parts.denoiser.prediction, place.autocast)
-    return StableDiffusion(denoiser, parts.text, codec, (4, sampling.SD_1_5.side, sampling.SD_1_5.side), Path("random"))
+    denoiser = NetworkDenoiser(net, DDPM(), parts.denoiser.prediction, place.autocast)
+    side = sampling.SD_1_5.side
+    settings = layout.Settings(DDPM(), parts.denoiser.prediction, (4, side, side), "AutoencoderKL")
+    return StableDiffusion(denoiser, parts.text, codec, settings, Path("random"), "random")
 
 
 def distance(config: Config, pipeline: Pipeline, place: build.Workplace, random: bool) -> Distance:
     """The config's regression distance, with a random trunk of LPIPS if there is no other."""
     weights = config.distill.lpips_weights
     if not random or weights is not None or config.distill.regression != "lpips-vgg":
-        return build.regression(config, build.metric(config, place.device), pipeline.codec, place.device)
+        return build.regression(config, build.metric(config, place.device), pipeline.codec, place)
     from torchvision.models import vgg16
 
     with tempfile.TemporaryDirectory() as folder:
@@ -76,7 +79,7 @@ def distance(config: Config, pipeline: Pipeline, place: build.Workplace, random:
         save_file({k: v for k, v in vgg16(weights=None).state_dict().items() if k.startswith("features")}, trunk)
         config = replace(config, distill=replace(config.distill, lpips_weights=str(trunk)))
         metric = build.metric(config, place.device)
-    return build.regression(config, metric, pipeline.codec, place.device)
+    return build.regression(config, metric, pipeline.codec, place)
 
 
 def operations(parts: Callable[[], object]) -> float:

@@ -361,19 +361,26 @@ def metric(config: Config, device: torch.device) -> Distance:
     return lpips_distance(backbone, weights, config.distill.lpips_size, device)
 
 
-def regression(config: Config, metric: Distance, codec: Codec, device: torch.device) -> Distance:
-    """The regression distance of two samples: of what they decode to, or of themselves."""
+def regression(config: Config, metric: Distance, codec: Codec, place: Workplace) -> Distance:
+    """The regression distance of two samples: of what they decode to, or of themselves.
+
+    The decoder runs in the place's precision, as the UNets do: it is the most expensive network of all.
+    """
     if config.distill.regression_on == "latents":
         return metric
     if config.distill.regression_decoder != "full":
-        codec = teachers.tiny_codec(config.distill.regression_decoder, device)
+        codec = teachers.tiny_codec(config.distill.regression_decoder, place.device)
     if config.memory.checkpoint_decoder:
         codec.recompute()
 
+    def decode(latents: Tensor) -> Tensor:
+        with torch.autocast(place.device.type, dtype=place.autocast, enabled=place.autocast is not None):
+            return codec.decode(latents)
+
     def distance(x: Tensor, target: Tensor) -> Tensor:
         with torch.no_grad():
-            image = codec.decode(target)
-        return metric(codec.decode(x), image)
+            image = decode(target)
+        return metric(decode(x), image)
 
     return distance
 

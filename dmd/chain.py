@@ -94,7 +94,7 @@ class Chain:
         place.first(lambda: checkpoint.write_json(self.folder / INPUTS, self.inputs))
         store = self._pairs(teacher)
         judge = build.judge(config, teacher, self.data, self.reference, self.prompts, place)
-        distance = build.regression(config, self.metric, teacher.codec, place.device)
+        distance = build.regression(config, self.metric, teacher.codec, place)
         distiller = build.distiller(config, teacher, place, distance)
         progress = self._distil(distiller, teacher, store, judge)
         if progress.step < config.distill.max_train_steps:
