@@ -17,6 +17,10 @@ from dmd import plots, report
 from dmd.config import preset, to_json
 from dmd.data.images import to_uint8
 from dmd.evaluation import save_grid
+from dmd.report import figures, pictures
+from dmd.report.files import read
+from dmd.report.page import page
+from dmd.report.repeat import Difference
 
 STEPS, LOG, EVALUATE = 100, 5, 20
 TEACHER = {
@@ -155,11 +159,11 @@ def test_headline_gives_the_ratios_of_the_summary(folder):
 
 def test_figures_are_those_of_the_summary(folder):
     shown = [values for section, values in see(folder).rows if section == "figures" and values]
-    names = [name for name in report.FIGURES if name in TEACHER]
+    names = [name for name in figures.FIGURES if name in TEACHER]
     assert len(shown) == len(names)
     for name, (teacher, student, *ratio) in zip(names, shown, strict=True):
         assert (teacher, student) == (TEACHER[name], STUDENT[name])
-        assert ratio == [] if name in report.NO_RATIO else ratio == [STUDENT[name] / TEACHER[name]]
+        assert ratio == [] if name in figures.NO_RATIO else ratio == [STUDENT[name] / TEACHER[name]]
 
 
 def test_unknown_figures_are_shown_under_their_own_names(folder):
@@ -198,7 +202,7 @@ def test_every_line_of_metrics_is_a_point(folder):
 
 
 def test_best_step_and_the_teachers_level_are_marked(folder):
-    chart = report.page(report.read(folder)).distance
+    chart = page(read(folder)).distance
     label, x, y = chart.best
     assert label == "kept: 10.6 at step 60"
     assert x == 60.0
@@ -212,7 +216,7 @@ def test_a_resumed_run_has_no_step_twice_and_the_later_line_counts(folder):
     again = [line for line in curves() if line["step"] > 50]
     with (folder / "metrics.jsonl").open("a") as file:
         file.writelines(json.dumps(line | ({"eval/fd": 1.5} if "eval/fd" in line else {})) + "\n" for line in again)
-    run = report.read(folder)
+    run = read(folder)
     assert [s for s, _ in run.metrics["loss/fake"]] == list(range(LOG, STEPS + 1, LOG))
     assert run.metrics["eval/fd"][-3:] == [(60, 1.5), (80, 1.5), (100, 1.5)]
 
@@ -318,14 +322,14 @@ def test_metrics_cut_short_by_a_kill_keep_their_whole_lines(folder):
 def test_values_that_are_not_finite_leave_a_gap(folder):
     lines = [line | ({"loss/fake": math.nan} if line["step"] == 50 else {}) for line in curves()]
     write_lines(folder / "metrics.jsonl", [line for line in lines if "loss/fake" in line])
-    (curve,) = next(c for c in report.page(report.read(folder)).losses if c.title.startswith("Fake")).curves
+    (curve,) = next(c for c in page(read(folder)).losses if c.title.startswith("Fake")).curves
     assert [len(s.split()) for s in curve.segments] == [9, 10]
 
 
 def test_long_runs_are_drawn_as_means_on_a_band(folder):
     lines = [{"step": k, "loss/fake": 100.0 if k == 7777 else 1.0, "grad/fake": 1.0} for k in range(1, 20_001)]
     write_lines(folder / "metrics.jsonl", lines)
-    (curve,) = report.page(report.read(folder)).losses[0].curves
+    (curve,) = page(read(folder)).losses[0].curves
     assert sum(len(s.split()) for s in curve.segments) <= plots.MAX_POINTS
     heights = [float(p.split(",")[1]) for p in curve.bands[0].split()]
     assert min(heights) == 0.0, "the spike of a single step can be seen"
@@ -377,7 +381,7 @@ def decode(source):
 
 def test_samples_keep_their_pixels_and_their_order(folder):
     student, teacher = picture(folder / "samples" / "final.png", ("student", "teacher"), 20, 8)
-    first, second = report.page(report.read(folder)).comparison
+    first, second = page(read(folder)).comparison
     assert [s.label for s in first.strips] == ["student", "teacher"]
     for panel, start in ((first, 0), (second, 10)):
         for strip, images in zip(panel.strips, (student, teacher), strict=True):
@@ -390,18 +394,18 @@ def test_samples_keep_their_pixels_and_their_order(folder):
 
 def test_pictures_of_an_unknown_layout_are_shown_whole(folder):
     Image.new("RGB", (100, 50)).save(folder / "samples" / "final.png")
-    (panel,) = report.page(report.read(folder)).comparison
+    (panel,) = page(read(folder)).comparison
     assert panel.columns == 0 and (panel.strips[0].width, panel.strips[0].height) == (100, 50)
 
 
 def test_development_is_first_middle_and_last(folder):
-    assert [p.title for p in report.page(report.read(folder)).development] == [
+    assert [p.title for p in page(read(folder)).development] == [
         "step 20",
         "step 40",
         "step 80",
         "step 100",
     ]
-    assert all([s.label for s in p.strips] == list(ROWS) for p in report.page(report.read(folder)).development)
+    assert all([s.label for s in p.strips] == list(ROWS) for p in page(read(folder)).development)
     assert all(image["alt"] and image["width"] and image["height"] for image in see(folder).images)
 
 
@@ -413,7 +417,7 @@ def test_large_pictures_stay_light(folder):
     for step in (20, 40, 80, 100):
         picture(folder / "samples" / f"step-{step:08d}.png", ROWS, 8, 128)
     seen = see(folder)
-    assert len(seen.images) == 4 + 16 and {int(image["height"]) for image in seen.images} == {report.MAX_TILE}
+    assert len(seen.images) == 4 + 16 and {int(image["height"]) for image in seen.images} == {pictures.MAX_TILE}
     assert (folder / "report.html").stat().st_size < 2_000_000, "though noise is the worst case"
 
 
@@ -432,7 +436,7 @@ def test_a_report_that_fails_leaves_the_old_one(folder, monkeypatch):
     def fail(page):
         raise RuntimeError
 
-    monkeypatch.setattr(report, "render", fail)
+    monkeypatch.setattr("dmd.report.page.render", fail)
     with pytest.raises(RuntimeError):
         report.write(folder)
     assert (folder / "report.html").read_bytes() == before
@@ -449,16 +453,16 @@ def test_a_report_that_fails_leaves_the_old_one(folder, monkeypatch):
 )
 def test_command_can_be_pasted(folder, argv, processes, command):
     (folder / "environment.json").write_text(json.dumps({"command": argv, "processes": processes}))
-    assert " ".join(report.page(report.read(folder)).command) == command
+    assert " ".join(page(read(folder)).command) == command
 
 
 def test_differences_from_the_preset(folder):
-    page = report.page(report.read(folder))
-    assert (page.preset, page.differences) == (
+    found = page(read(folder))
+    assert (found.preset, found.differences) == (
         "digits",
-        [report.Difference("--max-train-steps", "100", f"{preset('digits').distill.max_train_steps:d}")],
+        [Difference("--max-train-steps", "100", f"{preset('digits').distill.max_train_steps:d}")],
     )
-    assert json.loads(page.config) == json.loads((folder / "config.json").read_text())
+    assert json.loads(found.config) == json.loads((folder / "config.json").read_text())
 
 
 @pytest.mark.parametrize(
