@@ -17,8 +17,8 @@ class RunFiles:
 
     Attributes:
         folder: the run directory.
-        config, environment, summary, student: content of config.json, environment.json, summary.json and
-            student/config.json; empty if the file is missing or damaged.
+        config, environment, summary, student, extremes: content of config.json, environment.json, summary.json,
+            student/config.json and samples/extremes.json; empty if the file is missing or damaged.
         metrics: metrics.jsonl by name of the figure.
         damaged_lines: how many of its lines could not be read.
         pictures: (step, path) of samples/step-*.png, in order.
@@ -29,6 +29,7 @@ class RunFiles:
     environment: Mapping[str, Any]
     summary: Mapping[str, Any]
     student: Mapping[str, Any]
+    extremes: Mapping[str, Any]
     metrics: Mapping[str, Series]
     damaged_lines: int
     pictures: Sequence[tuple[int, Path]]
@@ -81,6 +82,7 @@ def read(folder: Path) -> RunFiles:
         _read_object(folder / "environment.json"),
         _read_object(folder / "summary.json"),
         _read_object(folder / "student" / "config.json"),
+        _read_object(folder / "samples" / "extremes.json"),
         metrics,
         damaged,
         _step_pictures(folder / "samples"),

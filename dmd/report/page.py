@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from dmd.plots import Chart
-from dmd.report import curves, figures, pictures, repeat, words
+from dmd.report import curves, figures, pictures, repeat, targets, words
 from dmd.report.figures import Evaluations, FigureRow
 from dmd.report.files import RunFiles
-from dmd.report.pictures import Panel
+from dmd.report.pictures import Card, Panel
 from dmd.report.repeat import Difference
+from dmd.report.targets import Outcome
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,13 @@ class Page:
     cautions: Sequence[str]
     comparison: Sequence[Panel]
     comparison_caption: str
+    prompts: Sequence[str]
     figures: Sequence[FigureRow]
     figures_note: str
+    targets: Sequence[Outcome]
+    best: Sequence[Card]
+    worst: Sequence[Card]
+    extremes_note: str
     distance: Chart | None
     evaluations: Evaluations | None
     losses: Sequence[Chart]
@@ -51,12 +57,15 @@ def page(run: RunFiles) -> Page:
         headline=words.headline(run),
         facts=words.facts(run),
         cautions=list(words.cautions(run)),
-        comparison=pictures.panels(
-            run.folder / "samples" / "final.png", pictures.sample_size(run), "final samples", 10, 2
-        ),
+        comparison=pictures.comparison(run),
         comparison_caption=words.comparison_caption(run),
+        prompts=words.prompts(run),
         figures=figures.figures(run),
         figures_note=figures.figures_note(run),
+        targets=targets.outcomes(run),
+        best=pictures.cards(run, "best"),
+        worst=pictures.cards(run, "worst"),
+        extremes_note=words.extremes_note(run),
         distance=curves.distance_chart(run),
         evaluations=figures.evaluations(run),
         losses=losses,

@@ -17,6 +17,8 @@ MAX_PNG = 64
 """Images up to this size are kept exactly; larger ones become JPEG."""
 MAX_TILE = 96
 """Larger sample images are shrunk to this size."""
+MAX_SINGLE = 192
+"""The same where few are shown."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,16 @@ class Panel:
     pixelated: bool
 
 
+@dataclass(frozen=True)
+class Card:
+    """A student's image with its teacher's on the right, and what is to be said of it."""
+
+    strip: Strip
+    prompt: str
+    note: str
+    pixelated: bool
+
+
 def panels(path: Path, size: int | None, title: str, columns: int, most: int) -> list[Panel]:
     """The rows of a picture that `dmd.evaluation.save_grid` wrote, cut after every `columns` images.
 
@@ -53,6 +65,41 @@ def panels(path: Path, size: int | None, title: str, columns: int, most: int) ->
     Returns:
         panels; none if the file is missing or damaged.
     """
+    found = _rows(path)
+    if not found:
+        return []
+    tiles = _tiles_across(found[0][1], size)
+    if size is None or tiles == 0:
+        return [Panel(title, [_strip(label, row, f"{label}, {title}") for label, row in found], 0, False)]
+    cut = []
+    for first in range(0, min(tiles, columns * most), columns):
+        last = min(first + columns, tiles)
+        strips = [
+            _strip(label, _cut([row], size, first, last, MAX_TILE), f"{label}, {title}: samples {first + 1} to {last}")
+            for label, row in found
+        ]
+        cut.append(Panel(title, strips, last - first, size <= MAX_PNG))
+    return cut
+
+
+def cards(run: RunFiles, which: str) -> list[Card]:
+    """The "best" or "worst" samples with what samples/extremes.json says of them; none if anything is missing."""
+    size, known = sample_size(run), run.extremes.get(which)
+    rows = [row for _, row in _rows(run.folder / "samples" / f"{which}.png")]
+    if size is None or len(rows) != 2 or not isinstance(known, list) or not all(isinstance(f, dict) for f in known):
+        return []
+    if not known or any(_tiles_across(row, size) != len(known) for row in rows):
+        return []
+    found = []
+    for i, facts in enumerate(known):
+        prompt, seed, remark = (str(facts.get(k, "")) for k in ("prompt", "seed", "remark"))
+        strip = _strip("", _cut(rows, size, i, i + 1, MAX_SINGLE), f"{which} {i + 1}, student and teacher: {prompt}")
+        found.append(Card(strip, prompt, f"seed {seed}, {remark}", size <= MAX_PNG))
+    return found
+
+
+def _rows(path: Path) -> "list[tuple[str, Image.Image]]":
+    """Names and rows of a picture that `dmd.evaluation.save_grid` wrote; none if it is missing or damaged."""
     from PIL import Image
 
     try:
@@ -64,19 +111,7 @@ def panels(path: Path, size: int | None, title: str, columns: int, most: int) ->
     height = image.height // len(labels)
     if height == 0:
         return []
-    rows = [image.crop((0, i * height, image.width, (i + 1) * height)) for i in range(len(labels))]
-    tiles = _tiles_across(rows[0], size)
-    if size is None or tiles == 0:
-        return [Panel(title, [_strip(t, r, f"{t}, {title}") for t, r in zip(labels, rows, strict=True)], 0, False)]
-    found = []
-    for first in range(0, min(tiles, columns * most), columns):
-        last = min(first + columns, tiles)
-        strips = [
-            _strip(label, _cut(row, size, first, last), f"{label}, {title}: samples {first + 1} to {last}")
-            for label, row in zip(labels, rows, strict=True)
-        ]
-        found.append(Panel(title, strips, last - first, size <= 64))
-    return found
+    return [(label, image.crop((0, i * height, image.width, (i + 1) * height))) for i, label in enumerate(labels)]
 
 
 def _tiles_across(row: "Image.Image", size: int | None) -> int:
@@ -88,20 +123,20 @@ def _tiles_across(row: "Image.Image", size: int | None) -> int:
     return tiles if rest == 0 else 0
 
 
-def _cut(row: "Image.Image", size: int, first: int, last: int) -> "Image.Image":
-    """Images first..last-1 of a row in their own resolution, or MAX_TILE if that is less, with clear gaps."""
+def _cut(rows: "Sequence[Image.Image]", size: int, first: int, last: int, most: int) -> "Image.Image":
+    """Images first..last-1 of all rows, column by column, in their own resolution or `most`, with clear gaps."""
     from PIL import Image
 
-    scale = row.height // (size + 2)
-    shown = min(size, MAX_TILE)
+    scale = rows[0].height // (size + 2)
+    shown = min(size, most)
     gap = max(1, shown // 16)
     between = (0, 0, 0, 0) if shown <= MAX_PNG else (128, 128, 128, 255)
-    strip = Image.new("RGBA", ((last - first) * (shown + gap) - gap, shown), between)
-    for i in range(first, last):
-        left = i * (size + 1) * scale
+    tiles = [(row, i * (size + 1) * scale) for i in range(first, last) for row in rows]
+    strip = Image.new("RGBA", (len(tiles) * (shown + gap) - gap, shown), between)
+    for k, (row, left) in enumerate(tiles):
         tile = row.crop((left, 0, left + size * scale, size * scale))
         filter = Image.Resampling.NEAREST if shown == size else Image.Resampling.LANCZOS
-        strip.paste(tile.resize((shown, shown), filter), ((i - first) * (shown + gap), 0))
+        strip.paste(tile.resize((shown, shown), filter), (k * (shown + gap), 0))
     return strip
 
 
@@ -125,6 +160,13 @@ def sample_size(run: RunFiles) -> int | None:
         if isinstance(size, int):
             return size
     return None
+
+
+def comparison(run: RunFiles) -> list[Panel]:
+    """Samples of student and teacher at the end; fewer beside each other where they are large."""
+    size = sample_size(run)
+    columns = 10 if size is None or size <= 32 else 8
+    return panels(run.folder / "samples" / "final.png", size, "final samples", columns, 2)
 
 
 def development(run: RunFiles) -> list[Panel]:

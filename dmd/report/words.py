@@ -10,11 +10,8 @@ from dmd.report.files import RunFiles
 def headline(run: RunFiles) -> str:
     ratio, speed = number(run.summary.get("fd_ratio")), number(run.summary.get("speedup"))
     if run.finished and ratio is not None and speed is not None:
-        agreement = run.final("student").get("caption_agreement"), run.final("teacher").get("caption_agreement")
-        ours, theirs = map(number, agreement)
-        shows = (
-            f"{ours:.1%} of its images show their caption ({theirs:.1%} of its teacher’s), " if ours and theirs else ""
-        )
+        ours, theirs = (number(run.final(who).get("caption_agreement")) for who in ("student", "teacher"))
+        shows = f"{ours:.1%} of images show their caption (teacher: {theirs:.1%}), " if ours and theirs else ""
         return (
             f"At one step, {shows}the student’s distance is {show(ratio)} times its teacher’s, and it is "
             f"{speed:.1f} times as fast."
@@ -47,7 +44,7 @@ def facts(run: RunFiles) -> list[str]:
     if distil is None and run.metrics.get("seconds"):
         distil = run.metrics["seconds"][-1][1]
     if distil is not None:
-        found.append(f"{duration(distil)} of distillation" + (f", {duration(wall)} in all" if wall else ""))
+        found.append(f"{duration(distil)} of distillation" + (f", {duration(wall)} in all" if wall and wall >= distil else ""))
     return [f for f in found if f]
 
 
@@ -94,7 +91,21 @@ def comparison_caption(run: RunFiles) -> str:
     classes = run.student.get("classes")
     if isinstance(classes, list) and 1 < len(classes) <= 12:
         text += f" Classes in turn: {', '.join(map(str, classes))}."
-    prompts = run.summary.get("prompts")
-    if isinstance(prompts, list) and prompts:
-        text += " Captions in turn: " + "; ".join(f"{i}. {p}" for i, p in enumerate(prompts, 1)) + "."
     return text
+
+
+def prompts(run: RunFiles) -> list[str]:
+    """What the compared images were asked for, column by column; none for classes."""
+    found = run.summary.get("prompts")
+    return [str(p) for p in found] if isinstance(found, list) else []
+
+
+def extremes_note(run: RunFiles) -> str:
+    """By what the best and worst samples were chosen."""
+    by, samples = run.extremes.get("by"), number(run.extremes.get("samples"))
+    chosen = f"Of {show(samples)} samples, " if samples else ""
+    order = f"{chosen}ordered by the {by}." if isinstance(by, str) else chosen.rstrip(", ") + "."
+    return (
+        f"{order[:1].upper()}{order[1:]} The student is on the left, its teacher on the right, from the same noise. A "
+        "student need not follow its teacher noise by noise, so look whether the worst are bad or only different."
+    )

@@ -14,74 +14,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dmd import plots, report
-from dmd.config import preset, to_json
+from dmd.config import preset
 from dmd.data.images import to_uint8
-from dmd.evaluation import save_grid
 from dmd.report import figures, pictures
 from dmd.report.files import read
 from dmd.report.page import page
 from dmd.report.repeat import Difference
-
-STEPS, LOG, EVALUATE = 100, 5, 20
-TEACHER = {
-    "fd": 9.64414536682736, "precision": 0.705, "recall": 0.9259877, "density": 0.1, "coverage": 0.028,
-    "brightness": -0.346, "contrast": 0.775, "count": 200.0, "accuracy": 0.715, "diversity": 0.2837, "nfe": 9,
-    "images_per_second": 296.78,
-}  # fmt: skip
-STUDENT = TEACHER | {"fd": 9.961880678456666, "accuracy": 0.945, "nfe": 1, "images_per_second": 2375.484}
-ROWS = ("student", "x0_real", "x0_fake", "teacher")
-
-
-def curves(objective="dmd", steps=STEPS):
-    """Lines of metrics.jsonl."""
-    for step in range(LOG, steps + 1, LOG):
-        line = {"step": step, "grad/student": 0.3 + 1 / step, "seconds": step * 0.3}
-        if objective != "regression":
-            line |= {"loss/matching": 1e-8 * step**3, "loss/fake": 0.6, "grad/fake": 1.2}
-            line |= {"health/normaliser": 0.15, "health/fake_real_gap": 2e-4 * step}
-        if objective != "matching":
-            line |= {"loss/regression": 1 / step, "health/brightness_drift": -0.01, "health/contrast_drift": -0.5}
-        yield line
-        if step % EVALUATE == 0:
-            distance = 13 - step / 25 if step <= 60 else 12.0
-            yield {"step": step, "eval/fd": distance, "eval/accuracy": 0.9, "eval/diversity": 0.2, "eval/count": 200.0}
-
-
-def write_lines(path, lines):
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def picture(path, rows, count, size):
-    images = [torch.rand(count, 1, size, size) * 2 - 1 for _ in rows]
-    save_grid(images, path, max(1, 32 // size), rows)
-    return images
-
-
-def make(folder, objective="dmd"):
-    """A finished run as `dmd.chain` leaves it."""
-    config = to_json(preset("digits"))
-    config["distill"] |= {"objective": objective, "max_train_steps": STEPS}
-    (folder / "student").mkdir(parents=True)
-    for name, content in {
-        "config.json": config,
-        "environment.json": {
-            "dmd": "0.1.0", "commit": None, "torch": "2.6", "processes": 1,
-            "command": ["train_dmd.py", "--max-train-steps", "100"],
-        },
-        "student/config.json": {"size": 8, "classes": [str(i) for i in range(10)]},
-        "summary.json": {
-            "metric": "FD-SmallConvNet", "samples": 200, "reference_images": 1797, "generator_updates": STEPS,
-            "critic_updates": STEPS, "images_seen": 12800, "wall_seconds": 81.3, "distil_seconds": 31.3,
-            "teacher": TEACHER | {"folder": "t"}, "student": STUDENT | {"folder": "s"},
-            "fd_ratio": STUDENT["fd"] / TEACHER["fd"], "speedup": 8.004,
-        },
-    }.items():  # fmt: skip
-        (folder / name).write_text(json.dumps(content))
-    write_lines(folder / "metrics.jsonl", curves(objective))
-    picture(folder / "samples" / "final.png", ("student", "teacher"), 20, 8)
-    for step in range(EVALUATE, STEPS + 1, EVALUATE):
-        picture(folder / "samples" / f"step-{step:08d}.png", ROWS[: 3 if objective == "matching" else 4], 16, 8)
-    return folder
+from tests.report.runs import EVALUATE, LOG, ROWS, STEPS, STUDENT, TEACHER, curves, extremes, make, picture, write_lines
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +83,7 @@ def see(folder):
     return Seen(report.write(folder).read_text(encoding="utf-8"))
 
 
-ALL = ["samples", "figures", "distance", "losses", "health", "development", "repeat"]
+ALL = ["samples", "figures", "extremes", "distance", "losses", "health", "development", "repeat"]
 
 
 def test_a_finished_run_has_every_section_in_order(folder):
@@ -172,7 +111,7 @@ def test_unknown_figures_are_shown_under_their_own_names(folder):
     (folder / "summary.json").write_text(json.dumps(summary))
     seen = see(folder)
     assert "clip_score" in seen.text
-    assert [v for section, v in seen.rows if section == "figures"][-1] == [0.5, 0.25, 0.5]
+    assert [v for section, v in seen.rows if section == "figures" and v][-1] == [0.5, 0.25, 0.5]
 
 
 @pytest.mark.parametrize(("samples", "warned"), [(200, True), (9_999, True), (10_000, False)])
@@ -264,7 +203,7 @@ def test_an_unfinished_run_says_so_and_shows_what_there_is(folder):
     seen = see(folder)
     assert "not finished: it has reached step 60 of 100" in seen.headline
     assert "10.6, at step 60" in seen.headline
-    assert seen.sections == [s for s in ALL if s not in ("samples", "figures")]
+    assert seen.sections == [s for s in ALL if s not in ("samples", "figures")], "and the extremes of an earlier end"
 
 
 def test_one_line_of_metrics_is_enough(folder):
@@ -289,7 +228,7 @@ def test_an_empty_folder(tmp_path):
 
 OPTIONAL = [
     "config.json", "environment.json", "summary.json", "student/config.json", "metrics.jsonl", "samples/final.png",
-    "samples/step-00000020.png",
+    "samples/step-00000020.png", "samples/extremes.json", "samples/best.png",
 ]  # fmt: skip
 RUBBISH = {
     "empty": b"", "bytes": b"\xff\xfe\x00\x89PNG", "list": b"[1, 2]", "null": b"null", "cut": b'{"step": 5, "a": 1',
@@ -304,7 +243,8 @@ RUBBISH = {
 def test_a_damaged_file_costs_its_section_at_most(folder, name, content):
     (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
     cost = {
-        "summary.json": {"figures"}, "metrics.jsonl": {"distance", "losses", "health"}, "samples/final.png": {"samples"}
+        "summary.json": {"figures"}, "metrics.jsonl": {"distance", "losses", "health"},
+        "samples/final.png": {"samples"}, "samples/extremes.json": {"extremes"}, "samples/best.png": {"extremes"},
     }  # fmt: skip
     sections = see(folder).sections
     assert set(ALL) - set(sections) <= cost.get(name, set())
@@ -392,6 +332,42 @@ def test_samples_keep_their_pixels_and_their_order(folder):
                 assert torch.equal(pixels, to_uint8(images[start + i, 0]))
 
 
+def test_the_best_and_the_worst_are_the_files_images_with_what_is_known_of_them(folder):
+    """Each student's image with its teacher's on the right, in the order of extremes.json."""
+    images = extremes(folder)
+    found = page(read(folder))
+    for k, (cards, (student, teacher)) in enumerate(zip((found.best, found.worst), images, strict=True)):
+        assert [c.prompt for c in cards] == ["0", "1", "2", "3"]
+        assert [c.note for c in cards] == [f"seed {10 * k + i}, distance {i}.5" for i in range(4)]
+        for i, card in enumerate(cards):
+            shown = decode(card.strip.source).convert("L")
+            assert shown.size == (17, 8)
+            for left, expected in ((0, student[i]), (9, teacher[i])):
+                pixels = torch.tensor(list(shown.crop((left, 0, left + 8, 8)).tobytes())).view(8, 8)
+                assert torch.equal(pixels, to_uint8(expected[0]))
+    assert "Of 200 samples, ordered by the distance from the teacher’s image." in see(folder).text
+
+
+@pytest.mark.parametrize(
+    ("preset", "student", "teacher", "met"),
+    [
+        ("digits", {"fd": 1.9, "accuracy": 0.98}, {"fd": 1.0}, [True, True]),
+        ("digits", {"fd": 2.1, "accuracy": 0.96}, {"fd": 1.0}, [False, False]),
+        ("cifar10", {"fd": 1.16}, {"fd": 1.0}, [False]),
+        ("shapes", {"caption_agreement": 0.9, "fd": 1.3}, {"caption_agreement": 1.0, "fd": 1.0}, [True, True]),
+        ("sd15", {"images_per_second": 20.0}, {"images_per_second": 1.0}, [False]),
+        ("digits", {"fd": 1.9}, {"fd": 0.0}, []),
+        ("unknown", {"fd": 1.9}, {"fd": 1.0}, []),
+    ],
+)
+def test_figures_are_compared_with_the_targets_of_the_preset(folder, preset, student, teacher, met):
+    config = json.loads((folder / "config.json").read_text()) | {"preset": preset}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "summary.json").write_text(json.dumps({"student": student, "teacher": teacher}))
+    assert [t.met for t in page(read(folder)).targets] == met
+    assert [f" {'met' if m else 'missed'} " in f" {see(folder).text} " for m in set(met)] == [True] * len(set(met))
+
+
 def test_pictures_of_an_unknown_layout_are_shown_whole(folder):
     Image.new("RGB", (100, 50)).save(folder / "samples" / "final.png")
     (panel,) = page(read(folder)).comparison
@@ -417,7 +393,7 @@ def test_large_pictures_stay_light(folder):
     for step in (20, 40, 80, 100):
         picture(folder / "samples" / f"step-{step:08d}.png", ROWS, 8, 128)
     seen = see(folder)
-    assert len(seen.images) == 4 + 16 and {int(image["height"]) for image in seen.images} == {pictures.MAX_TILE}
+    assert len(seen.images) == 2 * 2 + 16 and {int(image["height"]) for image in seen.images} == {pictures.MAX_TILE}
     assert (folder / "report.html").stat().st_size < 2_000_000, "though noise is the worst case"
 
 
@@ -510,58 +486,3 @@ def test_step_axes_end_at_the_last_step(last):
     texts = plots.step_texts(axis)
     assert axis.at(last) == 1 and max(axis.ticks) <= last
     assert len(texts) == len(set(texts)) <= 6
-
-
-CONTRAST = """() => {
-  const rgb = c => c.match(/[\\d.]+/g).map(Number);
-  const linear = v => v <= 10.3 ? v / 3294.6 : ((v / 255 + .055) / 1.055) ** 2.4;
-  const light = c => { const [r, g, b] = rgb(c).map(linear); return .2126 * r + .7152 * g + .0722 * b; };
-  const ratio = (a, b) => { const [x, y] = [light(a), light(b)].sort((p, q) => q - p); return (x + .05) / (y + .05); };
-  const ground = e => { for (; e; e = e.parentElement) { const c = getComputedStyle(e).backgroundColor;
-                        if ((rgb(c)[3] ?? 1) > 0) return c; } return 'rgb(255, 255, 255)'; };
-  const texts = [], walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-  while (walker.nextNode()) if (walker.currentNode.data.trim()) texts.push(walker.currentNode.parentElement);
-  const lines = [...document.querySelectorAll('.curve polyline, .plot .level')];
-  return { ground: light(ground(document.body)),
-           text: Math.min(...texts.map(e => ratio(getComputedStyle(e).color, ground(e)))),
-           line: Math.min(...lines.map(e => ratio(getComputedStyle(e).stroke, ground(document.body)))) };
-}"""
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if program is None:
-        pytest.skip("there is no chromium on the PATH")
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_in_a_browser(browser, folder, scheme):
-    (folder / "environment.json").write_text(json.dumps({"platform": "x" * 300, "command": ["a.py", "--b", "y" * 300]}))
-    path = report.write(folder)
-    page = browser.new_page(color_scheme=scheme)
-    messages, requests = [], []
-    page.on("console", lambda m: messages.append(m.text))
-    page.on("pageerror", lambda e: messages.append(str(e)))
-    page.on("request", lambda r: requests.append(r.url))
-    page.goto(path.as_uri())
-    page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
-    for width in (320, 390, 1280):
-        page.set_viewport_size({"width": width, "height": 800})
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
-        outside = "[...document.querySelectorAll('body *')].filter(e => !e.closest('.scroll > *') && "
-        outside += "(e.getBoundingClientRect().right > innerWidth + .5 || e.getBoundingClientRect().left < -.5))"
-        assert page.evaluate(f"{outside}.map(e => e.outerHTML.slice(0, 200))") == []
-    sizes = page.evaluate("[...document.images].map(i => Math.min(i.naturalWidth, i.naturalHeight, i.clientWidth))")
-    assert len(sizes) == len(Seen(path.read_text(encoding="utf-8")).images) and min(sizes) > 0
-    found = page.evaluate(CONTRAST)
-    assert (found["ground"] > 0.9) if scheme == "light" else (found["ground"] < 0.05)
-    assert found["text"] >= 4.5 and found["line"] >= 3
-    assert messages == []
-    assert [u for u in requests if not u.startswith("data:")] == [path.as_uri()]
-    page.close()
