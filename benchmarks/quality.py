@@ -6,12 +6,12 @@ diverge), and regression alone. Every student is measured against that teacher, 
 already in `--folder` is resumed, so an interrupted table goes on.
 """
 
-import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks import common
 from benchmarks.common import finish, say_machine
 
 VARIANTS = {
@@ -25,7 +25,7 @@ FIGURES = ("fd", "accuracy", "precision", "recall", "diversity")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("preset", nargs="?", default="digits")
     parser.add_argument("--folder", type=Path, default=Path("runs/quality"), help="where the runs go")
     parser.add_argument("--quick", action="store_true", help="a few steps of everything: a smoke test")

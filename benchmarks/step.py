@@ -8,7 +8,6 @@ is bare work (target: 95 % or more), model FLOPs utilisation (the parts' floatin
 matrix product reaches on the same device), and how often each network was called (target: no hidden pass).
 """
 
-import argparse
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import common
 from benchmarks.common import finish, middle, say_machine, seconds
 from dmd import build, pairs
 from dmd.config import PRESETS, Config, preset, with_run
@@ -109,7 +109,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("preset", nargs="?", default="digits", choices=list(PRESETS))
     parser.add_argument("--mixed-precision", default="no", choices=["no", "bf16"])
     parser.add_argument("--runs", type=int, default=20)
@@ -152,7 +152,7 @@ def main() -> None:
     print(f"  utilisation      {flops / step / peak:9.3f}   ({flops / 1e9:.2f} GFLOP at {peak / 1e9:.0f} GFLOP/s)")
     print(f"  calls            {calls}")
     finish("step", {"preset": options.preset, "step_ms": step * 1e3, "bare_ms": parts_time * 1e3,
-                    "ratio": parts_time / step, "mfu": flops / step / peak, "calls": calls})  # fmt: skip
+                    "ratio": parts_time / step, "mfu": flops / step / peak, "calls": calls}, options.json)  # fmt: skip
 
 
 if __name__ == "__main__":

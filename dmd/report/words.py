@@ -44,7 +44,9 @@ def facts(run: RunFiles) -> list[str]:
     if distil is None and run.metrics.get("seconds"):
         distil = run.metrics["seconds"][-1][1]
     if distil is not None:
-        found.append(f"{duration(distil)} of distillation" + (f", {duration(wall)} in all" if wall and wall >= distil else ""))
+        found.append(
+            f"{duration(distil)} of distillation" + (f", {duration(wall)} in all" if wall and wall >= distil else "")
+        )
     return [f for f in found if f]
 
 
