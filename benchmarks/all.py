@@ -14,7 +14,6 @@ takes small networks for them, and then compares nothing with the targets. P5, P
 benchmarks, which run in processes of their own.
 """
 
-import argparse
 import importlib.util
 import json
 import statistics
@@ -28,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import sampling
+from benchmarks import common, sampling
 from benchmarks.common import finish, say_machine
 from dmd.denoiser import NetworkDenoiser, epsilon
 from dmd.metrics.frechet import frechet_distance, moments
@@ -80,15 +79,11 @@ def sampler(runs: int) -> list[Line]:
     parts = sampling.random_parts(sampling.SMALL, torch.float32, torch.device("cpu"))
     todo = sampling.works(parts, 1, 1)
     names = [f"{kind}, {codec}" for codec in parts.codecs for kind in ("one step", "bare calls")]
-    found = _measured({name: todo[name] for name in names}, runs)
+    found = sampling.measure({name: todo[name] for name in names}, runs)
     return [
         Line("P1", f"sampler over bare calls, small nets, {codec}", 100 * _added(found, codec), "%", 5)
         for codec in parts.codecs
     ]
-
-
-def _measured(todo: dict[str, sampling.Work], runs: int) -> dict[str, sampling.Measured]:
-    return sampling.measure(todo, sampling.operations(todo), runs, 0)
 
 
 def _added(found: Mapping[str, sampling.Measured], codec: str) -> float:
@@ -103,7 +98,7 @@ def speed(runs: int, small: bool, dtype: torch.dtype) -> list[Line]:
     todo = sampling.works(parts, 1, 1)
     kinds = ("one step", "bare calls", "teacher")
     wanted = ["guided steps", *(f"{kind}, {codec}" for codec in parts.codecs for kind in kinds)]
-    found = sampling.extrapolated(_measured({name: todo[name] for name in wanted}, runs), STEPS)
+    found = sampling.extrapolated(sampling.measure({name: todo[name] for name in wanted}, runs), STEPS)
     note = f"{STEPS} steps extrapolated from 1, {str(dtype).removeprefix('torch.')}"
     lines = []
     for codec, least, most in (("full", 24.0, 3.4), ("tiny", 80.0, 1.3)):
@@ -230,7 +225,7 @@ def _clean_fid(*arguments: Any) -> tuple[float | None, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer runs: at most 10 minutes on two quiet cores")
     parser.add_argument("--small", action="store_true", help="small networks for P3 and P4: a smoke test")
     parser.add_argument("--dtype", choices=sampling.DTYPES, help="of P3 and P4; left out, bfloat16 with AMX or a GPU")
@@ -257,7 +252,7 @@ def main() -> None:
     missed = [line.name for line in lines if line.met is False]
     seconds = time.perf_counter() - started
     print(f"{seconds:.0f} s; missed: {', '.join(dict.fromkeys(missed)) or 'none'}")
-    finish("all", {"seconds": seconds, "lines": [asdict(line) | {"met": line.met} for line in lines]})
+    finish("all", {"seconds": seconds, "lines": [asdict(line) | {"met": line.met} for line in lines]}, options.json)
 
 
 def _fast_dtype() -> torch.dtype:

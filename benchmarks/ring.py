@@ -7,7 +7,6 @@ exact score (what the student is taught: DDPM's starts from pure noise, though i
 of the untrained student.
 """
 
-import argparse
 import copy
 import math
 import tempfile
@@ -17,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from benchmarks import common
 from benchmarks.common import finish, say_machine
 from dmd import pairs, seeding
 from dmd.batches import DistillBatches, Share
@@ -157,7 +157,7 @@ def distil(name: str, steps: int, batch: int, count: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("--schedule", choices=list(FAMILIES), help="one of them; all if left out")
     parser.add_argument("--steps", type=int, default=4500, help="generator updates")
     parser.add_argument("--batch", type=int, default=256, help="noises per update")
@@ -180,7 +180,7 @@ def main() -> None:
             flush=True,
         )
         results[name] = r
-    finish("ring", results)
+    finish("ring", results, options.json)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ same device), how often each network was called (target: no hidden pass), and th
 `sd15` reads. --batch-size and --pair-batch-size are what the process does in one iteration, so give what a GPU holds.
 """
 
-import argparse
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -23,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import sampling
+from benchmarks import common, sampling
 from benchmarks.common import finish, matmul_rate, middle, peak_memory, say_machine, seconds
 from dmd import build, pairs
 from dmd.cli import flags
@@ -150,7 +149,7 @@ def counted(task: Distiller, step: Callable[[], object]) -> dict[str, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--quick", action="store_true", help="5 runs")
     parser.add_argument("--random", action="store_true", help="the size of Stable Diffusion 1.5, random weights")
@@ -205,7 +204,7 @@ def main() -> None:
     finish("step", {
         "preset": config.preset, "flags": rest, "step_ms": step * 1e3, "bare_ms": parts_time * 1e3,
         "ratio": parts_time / step, "mfu": flops / step / peak, "peak_mib": memory, "calls": calls,
-    })  # fmt: skip
+    }, options.json)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 import dmd
-from dmd import checkpoint, evaluation, log, pairs, shipped, teachers
+from dmd import checkpoint, evaluation, log, pairs, ranking, shipped, teachers
 from dmd.batches import DistillBatches, Share, TeachBatches
 from dmd.codec import Codec
 from dmd.config import Config, RunOptions, check
@@ -483,11 +483,24 @@ def judge(
         measures.append((evaluation.class_measure if by_class else evaluation.prompt_measure)(net, measured))
         name, count = net.name, measured.count
     if config.data.prompts == "shapes":
-        scenes = shapes.scenes(config.run.seed, torch.arange(UNSEEN, UNSEEN + config.data.captions))
+        scenes = _scenes(config)
         measures.append(evaluation.caption_measure(scenes))
         asked = [shapes.caption(s) for s in scenes]
     best, repeats = ("eval/fd", 1) if by_class else (None, config.evaluation.repeats)
     return evaluation.Judge(teacher, asked, measures, name, count, place.device, best, repeats, show=place.main)
+
+
+def order_of_images(config: Config, judge: evaluation.Judge, data: ImageSet | None) -> ranking.Ranking:
+    """How good single images are, by what there is: captions that can be read back, a network's features, pixels."""
+    near = ranking.by_pixels()
+    if judge.name and data is not None:
+        near = ranking.by_features(feature_net(config, data).to(judge.device))
+    return ranking.by_caption(_scenes(config), near) if config.data.prompts == "shapes" else near
+
+
+def _scenes(config: Config) -> list[shapes.Scene]:
+    """Of the captions that a student of the world of shapes is judged by; no training has seen them."""
+    return shapes.scenes(config.run.seed, torch.arange(UNSEEN, UNSEEN + config.data.captions))
 
 
 def distill_batches(
