@@ -68,17 +68,16 @@ def random_pipeline(place: build.Workplace) -> Pipeline:
 
 def distance(config: Config, pipeline: Pipeline, place: build.Workplace, random: bool) -> Distance:
     """The config's regression distance, with a random trunk of LPIPS if there is no other."""
-    weights = config.distill.lpips_weights
-    if not random or weights is not None or config.distill.regression != "lpips-vgg":
-        return build.regression(config, build.metric(config, place.device), pipeline.codec, place)
+    codec = build.regression_codec(config, pipeline.codec, place.device)
+    if not random or config.distill.lpips_weights is not None or config.distill.regression != "lpips-vgg":
+        return build.regression(config, build.metric(config, place.device), codec, place)
     from torchvision.models import vgg16
 
     with tempfile.TemporaryDirectory() as folder:
         trunk = Path(folder) / "vgg.safetensors"
         save_file({k: v for k, v in vgg16(weights=None).state_dict().items() if k.startswith("features")}, trunk)
         config = replace(config, distill=replace(config.distill, lpips_weights=str(trunk)))
-        metric = build.metric(config, place.device)
-    return build.regression(config, metric, pipeline.codec, place)
+        return build.regression(config, build.metric(config, place.device), codec, place)
 
 
 def operations(parts: Callable[[], object]) -> float:

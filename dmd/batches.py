@@ -60,6 +60,7 @@ class DistillBatches:
         pair_accumulation: micro-batches of the pairs, apart from those of the noises, as regression on decoded images
             needs several times their memory; None puts a part of both into each.
         crop: regression compares a square of this height and width, at a random place in each step; None all.
+        targets: numbers of pairs to what regression compares with, where that is not the pairs' samples.
     """
 
     seed: int
@@ -76,6 +77,7 @@ class DistillBatches:
     guidance_t_range: tuple[float, float] | None = None
     pair_accumulation: int | None = None
     crop: int | None = None
+    targets: Callable[[Tensor], Tensor] | None = None
 
     def __call__(self, step: int) -> Iteration:
         own = self.share.split(self.batch_size, "batch size")
@@ -102,12 +104,13 @@ class DistillBatches:
             low, high = self.guidance_t_range
             t_guidance = low + (high - low) * seeding.uniform(self.seed, Stream.GUIDANCE_TIME, step, matched)
         z, number = z[: len(index)], seeding.as_integers(label[: len(index)], self.count)
-        z_ref, y_ref = z[:0], z[:0]
+        z_ref, y_ref, target = z[:0], z[:0], None
         if self.pairs is not None and len(pair_index):
             chosen = seeding.integers(self.seed, Stream.PAIR_CHOICE, step, pair_index, len(self.pairs))
             y_ref, number_ref = self.pairs[chosen]
             z_ref = self.pairs.noise(self._to(chosen))
             number = torch.cat((number, number_ref))
+            target = None if self.targets is None else self._to(self.targets(chosen))
         low, high = self.t_range
         return Batch(
             z=z,
@@ -120,6 +123,7 @@ class DistillBatches:
             critic_noise=critic_noise,
             t_guidance=None if t_guidance is None else self._to(t_guidance),
             window=self._window(step),
+            target=target,
         )
 
     def _window(self, step: int) -> tuple[Any, ...]:

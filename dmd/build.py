@@ -23,7 +23,7 @@ from dmd.batches import DistillBatches, Share, TeachBatches
 from dmd.codec import Codec
 from dmd.config import Config, RunOptions, check
 from dmd.data import shapes
-from dmd.data.images import ImageSet
+from dmd.data.images import ImageSet, to_float, to_uint8
 from dmd.denoiser import Guided, NetworkDenoiser
 from dmd.distill import Distance, Distiller
 from dmd.ema import Ema
@@ -342,10 +342,7 @@ def make_pairs(
             for count in pairs.make(folder, spec, shards, sample):
                 bar.update(count)
 
-    absent = place.together(lambda: pairs.missing(folder, spec))
-    if absent:
-        place.together(lambda: make(absent[place.accelerator.process_index :: place.accelerator.num_processes]))
-        place.first(lambda: pairs.finish(folder, spec))
+    _share(place, folder, spec, make)
     return place.together(lambda: pairs.Pairs(folder, spec))
 
 
@@ -361,21 +358,72 @@ def metric(config: Config, device: torch.device) -> Distance:
     return lpips_distance(backbone, weights, config.distill.lpips_size, device)
 
 
+STORAGE: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "uint8": (to_uint8, to_float),
+    "fp16": (Tensor.half, Tensor.float),
+}
+"""Images in [-1, 1] to what is stored of them, and back, by the option's value."""
+
+
+def make_images(
+    config: Config, codec: Codec, store: pairs.Pairs | None, place: Workplace
+) -> Callable[[Tensor], Tensor] | None:
+    """Decode what is missing of the pairs' images by the regression's codec, shared among processes, and open them:
+    numbers of pairs to images. None if none are asked for."""
+    if config.pairs.store_images == "no" or store is None:
+        return None
+    pack, unpack = STORAGE[config.pairs.store_images]
+    spec = pairs.ImageSpec(store.spec, codec.digest(), config.pairs.store_images)
+    folder = pair_folder(config, store.spec) / f"images-{short_hash(asdict(spec))}"
+
+    @torch.no_grad()
+    def decode(latents: Tensor) -> Tensor:
+        return torch.cat([codec.decode(x.to(place.device)).cpu() for x in latents.split(8)])
+
+    def make(shards: list[int]) -> None:
+        with log.progress(sum(len(spec.indices(i)) for i in shards), 0, "images", place.main, "img") as bar:
+            for count in pairs.make_images(folder, spec, shards, store, decode, pack):
+                bar.update(count)
+
+    _share(place, folder, spec, make)
+    stored = place.together(lambda: pairs.Images(folder, spec))
+    return lambda index: unpack(stored[index])
+
+
+def _share(place: Workplace, folder: Path, spec: pairs.Spec, make: Callable[[list[int]], None]) -> None:
+    """Make the shards that a folder lacks, shared among processes."""
+    absent = place.together(lambda: pairs.missing(folder, spec))
+    if absent:
+        place.together(lambda: make(absent[place.accelerator.process_index :: place.accelerator.num_processes]))
+        place.first(lambda: pairs.finish(folder, spec))
+
+
+def regression_codec(config: Config, codec: Codec, device: torch.device) -> Codec:
+    """What decodes for the regression on images: the teacher's own codec, or a tiny one."""
+    if config.distill.regression_on == "latents":
+        return codec
+    if config.distill.regression_decoder != "full":
+        codec = teachers.tiny_codec(config.distill.regression_decoder, device)
+    if config.memory.checkpoint_decoder:
+        codec.recompute()
+    return codec
+
+
 def regression(config: Config, metric: Distance, codec: Codec, place: Workplace) -> Distance:
-    """The regression distance of two samples: of what they decode to, or of themselves.
+    """The regression distance of a sample and its target: of what they decode to, where the target is not stored as an
+    image already, or of themselves.
 
     The decoder runs in the place's precision, as the UNets do: it is the most expensive network of all.
     """
     if config.distill.regression_on == "latents":
         return metric
-    if config.distill.regression_decoder != "full":
-        codec = teachers.tiny_codec(config.distill.regression_decoder, place.device)
-    if config.memory.checkpoint_decoder:
-        codec.recompute()
 
     def decode(latents: Tensor) -> Tensor:
         with torch.autocast(place.device.type, dtype=place.autocast, enabled=place.autocast is not None):
             return codec.decode(latents)
+
+    if config.pairs.store_images != "no":
+        return lambda x, image: metric(decode(x), image)
 
     def distance(x: Tensor, target: Tensor) -> Tensor:
         with torch.no_grad():
@@ -504,8 +552,9 @@ def _scenes(config: Config) -> list[shapes.Scene]:
 
 
 def distill_batches(
-    config: Config, teacher: Pipeline, asked: Sequence[str], store: pairs.Pairs | None, place: Workplace
-) -> DistillBatches:
+    config: Config, teacher: Pipeline, asked: Sequence[str], store: pairs.Pairs | None, place: Workplace,
+    targets: Callable[[Tensor], Tensor] | None = None,
+) -> DistillBatches:  # fmt: skip
     d = config.distill
     return DistillBatches(
         config.run.seed,
@@ -522,6 +571,7 @@ def distill_batches(
         None if d.guidance_t_min is None or d.guidance_t_max is None else (d.guidance_t_min, d.guidance_t_max),
         d.pair_accumulation_steps,
         _crop(config, teacher.shape),
+        targets,
     )
 
 

@@ -87,6 +87,9 @@ class PairOptions:
     """Guidance scale of pairs and real score: uncond + s (cond - uncond), so 1 means conditional only."""
     pair_shard_size: int = 1000
     """Pairs per file."""
+    store_images: Literal["no", "uint8", "fp16"] = "no"
+    """Store the decoded images of the pairs, too, so that the regression on images need not decode its targets: as
+    bytes, which cuts them to what pixels can show, or as they are in half precision."""
 
 
 @dataclass(frozen=True)
@@ -307,6 +310,17 @@ def check(config: Config) -> None:
             raise InputError(f"--guidance-t-min {low} and --guidance-t-max {high}: they must rise within 0 and 1")
         if config.pairs.guidance == 1.0:
             raise InputError("--guidance-t-min needs --guidance other than 1: without guidance there is no such part")
+    ranks = (config.memory.student_lora_rank, config.memory.fake_lora_rank)
+    if any(ranks) and not given:
+        raise InputError(
+            f"--student-lora-rank is {ranks[0]} and --fake-lora-rank {ranks[1]}: adapters are for Stable Diffusion, so "
+            "give its folder or id as --teacher"
+        )
+    if config.pairs.store_images != "no" and (d.regression_on == "latents" or d.regression_crop is not None):
+        raise InputError(
+            f"--store-images {config.pairs.store_images} is for the regression on whole decoded images: leave it out "
+            "with --regression-on latents or --regression-crop"
+        )
     if not 0 <= r.seed < 2**64:
         raise InputError(f"--seed is {r.seed}: it must be at least 0 and below 2**64")
     if config.data.channels not in (1, 3):
