@@ -54,6 +54,9 @@ class Stream(enum.IntEnum):
     CAPTION_ORDER = 54  # of captions that are synthesised online
     READ_ORDER = 55  # of shards and captions that are read
     READ_CHOICE = 56  # and which of a caption's images
+    PROBE_SPLIT = 90  # which training images a probe chooses its settings on
+    PROBE_ORDER = 91  # in which a linear probe sees features
+    EPISODE = 92  # classes and images of a few-shot task
     RESAMPLE = 40  # which samples a bootstrap draws
     SUBSET = 41  # which samples a subset of the kernel distance holds
 
