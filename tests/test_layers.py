@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS = [
     {"__init__", "shipped", "errors", "config", "seeding", "ema", "checkpoint", "log", "locks"},  # know no diffusion
-    {"noise", "denoiser", "mixture", "run"},
+    {"noise", "denoiser", "mixture", "run", "chance"},
     {"solvers", "losses", "pairs", "codec", "shards"},
     {"distill", "generate", "batches", "teach", "pipeline", "online"},
     {"teachers", "metrics", "data", "captions", "report", "plots", "scoreboard"},  # the rim: each may be replaced
@@ -24,6 +24,7 @@ LAYERS = [
         "teach_shapes",
         "teach_folder",
         "clipgen",
+        "represent",
         "synthesis",
         "sampled",
     },
@@ -140,6 +141,7 @@ ALLOWED = {
     "clipgen": {
         "batches",
         "build",
+        "chance",
         "checkpoint",
         "config",
         "data",
@@ -149,6 +151,22 @@ ALLOWED = {
         "log",
         "metrics",
         "plots",
+        "run",
+        "seeding",
+        "teachers",
+    },
+    "represent": {
+        "batches",
+        "build",
+        "chance",
+        "checkpoint",
+        "config",
+        "data",
+        "ema",
+        "errors",
+        "generate",
+        "log",
+        "online",
         "run",
         "seeding",
         "teachers",
