@@ -106,21 +106,21 @@ def test_a_diverged_head_says_so():
 
 @pytest.mark.parametrize("l2", [1e4, 10.0, 0.1, 1e-3])
 def test_logistic_regression_is_scikit_learns(blobs, l2):
-    x, y, queries, _ = blobs
-    (fit,) = logistic.path(x, y, 7, (l2,), tolerance=1e-9)
+    scale = scale_of(blobs[0])
+    x, y, queries = scale(blobs[0]), blobs[1], scale(blobs[2])
+    (fit,) = logistic.path(x, y, 7, (l2,), iterations=10_000, tolerance=1e-9)
     theirs = LogisticRegression(C=1 / l2, tol=1e-8, max_iter=10_000).fit(x.double().numpy(), y.numpy())
     assert fit.gradient <= 1e-6
     ours = torch.addmm(fit.bias, queries.double(), fit.weight.T).softmax(1)
     assert np.abs(ours.numpy() - theirs.predict_proba(queries.double().numpy())).max() < 1e-4
-    assert np.abs(fit.weight.numpy() - theirs.coef_).max() < 1e-4
+    assert np.abs(fit.weight.numpy() - theirs.coef_).max() < 1e-4 * max(1.0, np.abs(theirs.coef_).max())
 
 
 def test_a_path_ends_where_single_fits_do(blobs):
-    x, y, queries, _ = blobs
-    for fit in logistic.path(x, y, 7, (100.0, 1.0, 0.01)):
+    x, y = scale_of(blobs[0])(blobs[0]), blobs[1]
+    for fit in logistic.path(x, y, 7, (100.0, 1.0, 0.1)):
         (alone,) = logistic.path(x, y, 7, (fit.l2,))
-        assert (fit.predict(queries) == alone.predict(queries)).float().mean() > 0.99
-        assert (fit.weight - alone.weight).abs().max() < 0.02 * alone.weight.abs().max()
+        assert (fit.weight - alone.weight).abs().max() < 0.01 * alone.weight.abs().max()
 
 
 def test_the_papers_values():
