@@ -166,8 +166,10 @@ ALLOWED = {
         "errors",
         "generate",
         "log",
+        "metrics",
         "online",
         "run",
+        "scoreboard",
         "seeding",
         "teachers",
     },
@@ -209,7 +211,7 @@ def test_configs_and_flags_can_be_read_without_torch():
     [
         ["train_dmd.py"], ["sample.py"], ["-m", "dmd"], ["-m", "dmd", "teach"], ["-m", "dmd", "pairs"],
         ["-m", "dmd", "evaluate"], ["-m", "dmd", "clipgen", "train"], ["-m", "dmd", "captions"],
-        ["-m", "dmd", "synthesize"],
+        ["-m", "dmd", "synthesize"], ["-m", "dmd", "probe"],
     ],
     ids=str,
 )  # fmt: skip

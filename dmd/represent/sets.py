@@ -28,8 +28,8 @@ PARTS = ("train", "val", "test")
 
 KINDS = (
     "digits, shapes, torchvision:NAME:FOLDER, a folder of train/CLASS/* and test/CLASS/* or of CLASS/*, an .npz with "
-    "'images' and 'labels', tar shards with .cls members or a \"label\" in .json, or a folder with metadata.jsonl and a "
-    '"label" in its lines'
+    "'images' and 'labels', tar shards with .cls members or a \"label\" in .json, or a folder with metadata.jsonl and "
+    'a "label" in its lines'
 )
 TEST_SHARE = 0.25
 """Of a set that comes without parts."""
@@ -90,7 +90,9 @@ def read(specification: str, part: Part, show: bool = False) -> LabelledSet:
         return _npz(path, part)
     if (path / CIFAR10_FOLDER).is_dir() or (path / FASHION_FOLDER).is_dir():
         if part == "val":
-            raise InputError(f"{path} has no validation part: leave out --val, and it is drawn from the training images")
+            raise InputError(
+                f"{path} has no validation part: leave out --val, and it is drawn from the training images"
+            )
         return _of_images(str(path), images.load(path, part))
     return _class_folders(path, part)
 
@@ -130,7 +132,9 @@ def shapes_part(part: Part) -> ImageSet:
         raise InputError("shapes have no validation part: leave out --val, and it is drawn from the training images")
     count, first = (SHAPES_TEST, 1 << 20) if part == "test" else (SHAPES_TRAIN, 0)
     index = SHAPES_FROM + first + torch.arange(4 * count)
-    single = [(s, i) for s, i in zip(shapes.scenes(0, index), index.tolist(), strict=True) if len(s.things) == 1][:count]
+    single = [(s, i) for s, i in zip(shapes.scenes(0, index), index.tolist(), strict=True) if len(s.things) == 1][
+        :count
+    ]
     labels = [shapes.PAIRS.index((s.things[0].shape, s.things[0].colour)) for s, _ in single]
     drawings = shapes.batch([s for s, _ in single], 0, torch.tensor([i for _, i in single]))
     names = tuple(f"{colour} {shape}" for shape, colour in shapes.PAIRS)
@@ -249,10 +253,10 @@ def _label(facts: Any, where: str) -> str | int:
 def _numbered(found: Sequence[str | int]) -> tuple[Tensor, tuple[str, ...]]:
     """Labels as numbers and the classes' names, in the order of numbers, or of the alphabet."""
     if all(isinstance(label, int) for label in found):
-        names = sorted(set(found))  # type: ignore[type-var]
+        names = sorted(set(found))
     else:
         found = [str(label) for label in found]
-        names = sorted(set(found))  # type: ignore[type-var]
+        names = sorted(set(found))
     at = {name: number for number, name in enumerate(names)}
     return torch.tensor([at[label] for label in found]), tuple(map(str, names))
 
@@ -288,8 +292,8 @@ TORCHVISION = {
     "Food101": Known(_named()), "StanfordCars": Known(_named()), "GTSRB": Known(_named()),
     "DTD": Known(_named(val="val")), "Flowers102": Known(_named(val="val"), True),
     "FGVCAircraft": Known(_named(val="val"), True), "OxfordIIITPet": Known(_named("trainval"), True),
-    "Country211": Known(_named(val="valid")), "RenderedSST2": Known(_named(val="val")), "PCAM": Known(_named(val="val")),
-    "ImageNet": Known(_named(test="val")), "Imagenette": Known(_named(test="val")),
+    "Country211": Known(_named(val="valid")), "RenderedSST2": Known(_named(val="val")), 
+    "PCAM": Known(_named(val="val")), "ImageNet": Known(_named(test="val")), "Imagenette": Known(_named(test="val")),
     "Caltech101": Known(mean_class=True, train=30), "SUN397": Known(train=50), "EuroSAT": Known(),
 }  # fmt: skip
 """By torchvision's name. Caltech101 is torchvision's, without the background class; 30 images of a class to train on,
