@@ -70,7 +70,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.net: Any = net
         self.config = config
-        self.features: int = self.net.num_features
+        self.features = int(self.net.num_features)
         self.patch = patch_size(self.net)
         # of images in [-1, 1]
         mean = torch.tensor(config.mean) * 2.0 - 1.0
@@ -112,7 +112,7 @@ class Backbone(nn.Module):
         return (images - self.mean) / self.std
 
 
-def patch_size(net: nn.Module) -> tuple[int, int] | None:
+def patch_size(net: Any) -> tuple[int, int] | None:
     """Height and width of a vision transformer's patches; None for other networks."""
     from timm.models.vision_transformer import VisionTransformer
 
@@ -189,9 +189,10 @@ def _shrink_stem(net: Any, config: BackboneConfig) -> None:
 
     if not isinstance(net, ResNet) or not isinstance(net.conv1, nn.Conv2d):
         raise InputError(f"--small-stem is for ResNets with one convolution in their stem, not {config.architecture}")
-    net.conv1 = nn.Conv2d(config.channels, net.conv1.out_channels, 3, padding=1, bias=False)
-    nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
-    net.maxpool = nn.Identity()
+    stem = nn.Conv2d(config.channels, net.conv1.out_channels, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
+    net.add_module("conv1", stem)
+    net.add_module("maxpool", nn.Identity())
 
 
 # ----------------------------------------------------------------------------- on the disk
