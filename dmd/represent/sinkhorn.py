@@ -33,9 +33,6 @@ def assignments(logits: Tensor, temperature: float, iterations: int = 3) -> Tens
 
 def _columns(logs: Tensor) -> Tensor:
     """log of the sum of exponentials of each column over all processes, (K,)."""
-    if logs.shape[0]:
-        top = logs.amax(0)
-    else:
-        top = torch.full_like(logs.new_empty(logs.shape[1]), torch.finfo(logs.dtype).min)
+    top = logs.amax(0) if len(logs) else logs.new_full(logs.shape[1:], torch.finfo(logs.dtype).min)
     top = processes.largest(top)
     return processes.total((logs - top).exp().sum(0)).log() + top
