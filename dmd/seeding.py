@@ -59,6 +59,9 @@ class Stream(enum.IntEnum):
     PATCH_MASK = 82  # which patches are masked
     DROP_PATH = 83  # which blocks are left out
     CLASS_ORDER = 84  # images of labelled sets, class by class
+    PROBE_SPLIT = 90  # which training images a probe chooses its settings on
+    PROBE_ORDER = 91  # in which a linear probe sees features
+    EPISODE = 92  # classes and images of a few-shot task
     RESAMPLE = 40  # which samples a bootstrap draws
     SUBSET = 41  # which samples a subset of the kernel distance holds
 
