@@ -65,13 +65,14 @@ class Backbone(nn.Module):
 
     mean: Tensor
     std: Tensor
+    net: Any
 
-    def __init__(self, net: nn.Module, config: BackboneConfig):
+    def __init__(self, net: Any, config: BackboneConfig):
         super().__init__()
-        self.net: Any = net
+        self.net = net
         self.config = config
-        self.features: int = self.net.num_features
-        self.patch = patch_size(self.net)
+        self.features = int(net.num_features)
+        self.patch = patch_size(net)
         # of images in [-1, 1]
         mean = torch.tensor(config.mean) * 2.0 - 1.0
         self.register_buffer("mean", mean.reshape(-1, 1, 1), persistent=False)
@@ -88,10 +89,25 @@ class Backbone(nn.Module):
     def tokens(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) in [-1, 1] to (B, N, D), row by row of `grid`: patch tokens after the last normalisation,
         or the last map. Raises InputError as `forward`."""
-        found = self.net.forward_features(self.standardised(images))
-        if found.ndim == 4:
-            return found.flatten(2).transpose(1, 2)
-        return found[:, self.net.num_prefix_tokens :]
+        return self.both(images)[1]
+
+    def both(self, images: Tensor, mask: Tensor | None = None, token: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Features and tokens from one pass.
+
+        Args:
+            mask: bool (B, N), patches of a vision transformer in whose place `token` (D,) stands, before positions are
+                added; None hides nothing.
+        """
+        x = self.standardised(images)
+        if mask is None:
+            found = self.net.forward_features(x)
+        else:
+            x = self.net.patch_embed(x)  # (B, rows, columns, D), since sizes are dynamic
+            x = torch.where(mask.reshape(*x.shape[:3], 1), token.to(x.dtype), x)  # type: ignore[union-attr]
+            x = self.net.norm_pre(self.net.patch_drop(self.net._pos_embed(x)))
+            found = self.net.norm(self.net.blocks(x))
+        tokens = found[:, self.net.num_prefix_tokens :] if found.ndim == 3 else found.flatten(2).transpose(1, 2)
+        return self.net.forward_head(found), tokens
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the tokens of images of this size."""
@@ -112,7 +128,7 @@ class Backbone(nn.Module):
         return (images - self.mean) / self.std
 
 
-def patch_size(net: nn.Module) -> tuple[int, int] | None:
+def patch_size(net: Any) -> tuple[int, int] | None:
     """Height and width of a vision transformer's patches; None for other networks."""
     from timm.models.vision_transformer import VisionTransformer
 
@@ -189,9 +205,10 @@ def _shrink_stem(net: Any, config: BackboneConfig) -> None:
 
     if not isinstance(net, ResNet) or not isinstance(net.conv1, nn.Conv2d):
         raise InputError(f"--small-stem is for ResNets with one convolution in their stem, not {config.architecture}")
-    net.conv1 = nn.Conv2d(config.channels, net.conv1.out_channels, 3, padding=1, bias=False)
-    nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
-    net.maxpool = nn.Identity()
+    stem = nn.Conv2d(config.channels, net.conv1.out_channels, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
+    net.add_module("conv1", stem)
+    net.add_module("maxpool", nn.Identity())
 
 
 # ----------------------------------------------------------------------------- on the disk
