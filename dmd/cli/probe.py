@@ -146,7 +146,7 @@ def probe(options: ProbeOptions) -> None:
     weights, cache = Path(options.weights) if options.weights else None, Path(options.cache_dir)
     # all before the first one works, so that a wrong name costs no time
     networks = [features.load(name, options.image_size, weights, options.download, cache) for name in options.what]
-    texts = [_texts(options, name, place) for name in options.what]
+    texts = [_texts(options, name, net, place) for name, net in zip(options.what, networks, strict=True)]
     rows, results, sections = [], [], []
     for number, (net, text) in enumerate(zip(networks, texts, strict=True)):
         prefix = f"{number + 1}-" * (len(networks) > 1) + (re.sub(r"[^\w.-]+", "-", net.name).strip("-") or "network")
@@ -253,7 +253,7 @@ def _protocol(options: ProbeOptions, train: "LabelledSet", test: "LabelledSet") 
     )  # fmt: skip
 
 
-def _texts(options: ProbeOptions, name: str, place: "Workplace") -> Any:
+def _texts(options: ProbeOptions, name: str, net: "Frozen", place: "Workplace") -> Any:
     """(features to embeddings, prompts to embeddings) for zero-shot classification; None where it is not asked for, or
     the network has no text half.
     """
@@ -262,6 +262,11 @@ def _texts(options: ProbeOptions, name: str, place: "Workplace") -> Any:
         return None
     kind, _, rest = name.partition(":")
     source = rest if options.text is None and kind == "transformers" and asked else options.text
+    if source is None and net.folder is not None and (net.folder / "text").is_dir():
+        from dmd.represent.text import load_text
+
+        text = load_text(net.folder / "text", place.device)
+        return text.project, text
     if source is None:
         if asked:
             raise InputError(f"{name} has no text half, which zero-shot classification needs: give --text")

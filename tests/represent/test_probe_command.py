@@ -1,10 +1,12 @@
 """`dmd probe` from its command line to its files, and the sentences for input that cannot be probed."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
@@ -110,6 +112,34 @@ def test_settings_are_chosen_on_the_validation_set_that_is_given(tmp_path, net, 
     good = run(tmp_path, net, **options)["results"][0]["details"]["logistic"]["l2"]
     bad = run(tmp_path, net, val=str(tmp_path / "val.npz"), **options)["results"][0]["details"]["logistic"]
     assert max(bad["validation"]) < 0.5 and bad["l2"] != good
+
+
+def test_a_run_with_a_text_half_is_probed_zero_shot(tmp_path, net, data):
+    from transformers import CLIPTokenizer
+
+    from dmd.represent import text
+    from tests.teachers.tiny import write_tokenizer
+
+    words = write_tokenizer(tmp_path / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(tmp_path / "tokenizer")
+    config = text.TextConfig(128, 16, 1, 2, 12, words, words - 2, words - 1, 8)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        text.save(text.TextNet(config), tokenizer, tmp_path / "run" / "text")
+    shutil.copytree(net / "backbone", tmp_path / "run" / "backbone")
+    (tmp_path / "t.txt").write_text("{}\na big {} x\n")
+    found = run(
+        tmp_path, tmp_path / "run", train=str(data), probes=("zero-shot",), templates=str(tmp_path / "t.txt"),
+        map="none", pictures=0,
+    )  # fmt: skip
+    tower = text.load_text(tmp_path / "run" / "text")
+    frozen, arrays = features.load(str(net)), np.load(data / "test.npz")
+    with torch.no_grad():
+        images = tower.project(frozen.extractor.net(frozen.prepared(list(arrays["images"]))))
+        classes = torch.stack([(tower([c])[0] + tower([f"a big {c} x"])[0]) for c in ("0", "1", "2")])
+    right = (images @ F.normalize(classes, dim=1).T).argmax(1).numpy() == arrays["labels"]
+    assert found["results"][0]["figures"]["zero-shot"]["value"] == pytest.approx(right.mean())
+    assert list(found["results"][0]["figures"]) == ["zero-shot"]
 
 
 # ----------------------------------------------------------------------------- bad input
