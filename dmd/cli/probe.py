@@ -99,7 +99,9 @@ def check(options: ProbeOptions) -> None:
     """Raises InputError for options that are out of range or exclude each other."""
     o = options
     if not o.what:
-        raise InputError("what should be probed? Give a run of dmd represent or a network: dmd probe runs/x --train SET")
+        raise InputError(
+            "what should be probed? Give a run of dmd represent or a network: dmd probe runs/x --train SET"
+        )
     if o.train is None:
         raise InputError("--train is missing: give labelled images, such as digits or a folder of train/ and test/")
     positive = {
@@ -259,7 +261,9 @@ def _texts(options: ProbeOptions, name: str, net: "Frozen", place: "Workplace") 
         source = rest
     if source is None:
         if asked:
-            raise InputError(f"{name} has no text half, which zero-shot classification needs: give --text, or leave it out")
+            raise InputError(
+                f"{name} has no text half, which zero-shot classification needs: give --text, or leave it out"
+            )
         return None
     import torch
 

@@ -34,14 +34,18 @@ def episodes(
     """
     z = F.normalize(x.float() - centre.float(), dim=1)
     each = shots + queries
-    members = [group for group in (torch.nonzero(labels.cpu() == c)[:, 0] for c in labels.unique()) if len(group) >= each]
+    members = [
+        group for group in (torch.nonzero(labels.cpu() == c)[:, 0] for c in labels.unique()) if len(group) >= each
+    ]
     if len(members) < ways:
         raise ValueError(f"{len(members)} classes have {each} images, and a task needs {ways} of them")
     found = []
     for number in range(count):
         words = bits(seed, Stream.EPISODE, number, torch.arange(ways + 1), max(len(members), *map(len, members)))
         chosen = words[ways, : len(members)].argsort(stable=True)[:ways].tolist()
-        drawn = torch.stack([members[c][w[: len(members[c])].argsort(stable=True)[:each]] for c, w in zip(chosen, words)])
+        drawn = torch.stack(
+            [members[c][w[: len(members[c])].argsort(stable=True)[:each]] for c, w in zip(chosen, words)]
+        )
         task = z[drawn.to(z.device)]  # (ways, shots + queries, D)
         means = task[:, :shots].mean(1)
         nearest = torch.cdist(task[:, shots:].flatten(0, 1), means).argmin(1).unflatten(0, (ways, queries))

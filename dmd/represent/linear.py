@@ -68,7 +68,9 @@ def train(
         order = bits(seed, Stream.PROBE_ORDER, epoch, index, 1)[:, 0].argsort(stable=True).to(x.device)
         for step, part in enumerate(order[: steps * batch].split(batch)):
             rate = peak * 0.5 * (1 + math.cos(math.pi * (epoch * steps + step) / (epochs * steps)))
-            for parameter, momentum, gradient in zip(heads, moving, _gradient(heads, x[part], labels[part]), strict=True):
+            for parameter, momentum, gradient in zip(
+                heads, moving, _gradient(heads, x[part], labels[part]), strict=True
+            ):
                 momentum.mul_(MOMENTUM).add_(gradient)
                 parameter.sub_(momentum * rate.reshape(-1, *[1] * (parameter.ndim - 1)))
     return heads

@@ -49,7 +49,10 @@ class Section:
         """Captions and data URLs."""
         kinds = {"tokens": "Images and the principal components of their patch tokens", "map": "Map of the test images"}
         return [
-            (kinds[file.stem.rpartition("-")[2]], "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode())
+            (
+                kinds[file.stem.rpartition("-")[2]],
+                "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode(),
+            )
             for file in self.files
         ]
 

@@ -90,7 +90,9 @@ def read(specification: str, part: Part, show: bool = False) -> LabelledSet:
         return _npz(path, part)
     if (path / CIFAR10_FOLDER).is_dir() or (path / FASHION_FOLDER).is_dir():
         if part == "val":
-            raise InputError(f"{path} has no validation part: leave out --val, and it is drawn from the training images")
+            raise InputError(
+                f"{path} has no validation part: leave out --val, and it is drawn from the training images"
+            )
         return _of_images(str(path), images.load(path, part))
     return _class_folders(path, part)
 
@@ -130,7 +132,9 @@ def shapes_part(part: Part) -> ImageSet:
         raise InputError("shapes have no validation part: leave out --val, and it is drawn from the training images")
     count, first = (SHAPES_TEST, 1 << 20) if part == "test" else (SHAPES_TRAIN, 0)
     index = SHAPES_FROM + first + torch.arange(4 * count)
-    single = [(s, i) for s, i in zip(shapes.scenes(0, index), index.tolist(), strict=True) if len(s.things) == 1][:count]
+    single = [(s, i) for s, i in zip(shapes.scenes(0, index), index.tolist(), strict=True) if len(s.things) == 1][
+        :count
+    ]
     labels = [shapes.PAIRS.index((s.things[0].shape, s.things[0].colour)) for s, _ in single]
     drawings = shapes.batch([s for s, _ in single], 0, torch.tensor([i for _, i in single]))
     names = tuple(f"{colour} {shape}" for shape, colour in shapes.PAIRS)
