@@ -211,7 +211,8 @@ def test_configs_and_flags_can_be_read_without_torch():
     [
         ["train_dmd.py"], ["sample.py"], ["-m", "dmd"], ["-m", "dmd", "teach"], ["-m", "dmd", "pairs"],
         ["-m", "dmd", "evaluate"], ["-m", "dmd", "clipgen", "train"], ["-m", "dmd", "captions"],
-        ["-m", "dmd", "synthesize"], ["-m", "dmd", "probe"],
+        ["-m", "dmd", "synthesize"], ["-m", "dmd", "probe"], ["-m", "dmd", "represent"],
+        ["-m", "dmd", "represent", "stablerep"],
     ],
     ids=str,
 )  # fmt: skip

@@ -178,10 +178,8 @@ class ProbeOptions:
     """How the backbone is judged at the end, on real images that it has not seen."""
 
     probe: str | None = "shapes"
-    """"shapes" (drawings of single things, by what they are), "digits", or a folder with train and test parts as
-    `dmd probe` reads it; "none" judges nothing. Left out (None), nothing."""
-    probe_samples: int = 4000
-    """Images of each part at most."""
+    """"shapes" (drawings of single things, by what they are), "digits", or another set with train and test parts as
+    `dmd probe` reads it; None judges nothing."""
 
 
 @dataclass(frozen=True)
@@ -208,7 +206,7 @@ GROUPS: dict[str, type] = {
 
 RESUMABLE = {
     "checkpointing_steps", "checkpoints_total_limit", "log_every", "report_to", "cache_dir", "cpu", "output_dir",
-    "allow_tf32", "data", "captions", "student", "tokenizer", "workers", "chunk", "probe", "probe_samples",
+    "allow_tf32", "data", "captions", "student", "tokenizer", "workers", "chunk", "probe",
     "max_broken", "synthesis_batch_size",
 }  # fmt: skip
 """Options that may differ when a run is resumed; what is learnt from is compared by content instead."""
@@ -222,7 +220,7 @@ def views(config: Config) -> int:
 def check(config: Config) -> None:
     """Raises InputError for values out of range or that do not go together."""
     d, b, a, m = config.data, config.backbone, config.augment, config.learn
-    t, x, p, r = config.teacher, config.text, config.probe, config.run
+    t, x, r = config.teacher, config.text, config.run
     if config.method not in METHODS:
         raise InputError(f"there is no method {config.method!r}: choose one of {', '.join(METHODS)}")
     positive = {
@@ -236,7 +234,7 @@ def check(config: Config) -> None:
         "--teacher-temperature-first": t.teacher_temperature_first, "--sinkhorn-iterations": t.sinkhorn_iterations,
         "--text-width": x.text_width, "--text-layers": x.text_layers, "--text-heads": x.text_heads,
         "--text-tokens": x.text_tokens - 2, "--embedding": x.embedding, "--local-size": a.local_size,
-        "--probe-samples": p.probe_samples, "--checkpoints-total-limit": r.checkpoints_total_limit,
+        "--checkpoints-total-limit": r.checkpoints_total_limit,
         "--log-every": r.log_every,
     }  # fmt: skip
     for flag, value in positive.items():
