@@ -1,8 +1,8 @@
 """`dmd probe`: what frozen features are good for, by nearest neighbours, linear classifiers and pictures."""
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -13,18 +13,14 @@ from dmd.config import RunOptions
 from dmd.errors import InputError
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
     from dmd.build import Workplace
     from dmd.represent.features import Frozen
-    from dmd.represent.probe import Found, Protocol
+    from dmd.represent.gallery import Hung
+    from dmd.represent.probe import Found, Protocol, Seen
     from dmd.represent.sets import LabelledSet
 
 Probe = Literal["knn", "linear", "logistic", "few-shot", "geometry", "zero-shot"]
 TRAINED: tuple[Probe, ...] = ("knn", "linear", "logistic", "few-shot", "geometry")
-PICTURED = 6
-"""Images of a class in the pictures of tokens."""
 
 
 @dataclass(frozen=True)
@@ -138,56 +134,28 @@ def probe(options: ProbeOptions) -> None:
     check(options)
     from dmd import build, checkpoint, scoreboard
     from dmd.represent import features, report, sets
-    from dmd.represent import probe as probes
 
     place = build.start(RunOptions(cpu=options.cpu))
     if not place.main:
         return
     train, val, test = _sets(options)
-    labels = {"train": train.labels, "test": sets.aligned(test, train, "test")}
+    test = replace(test, labels=sets.aligned(test, train, "test"), classes=train.classes)
     if val is not None:
-        labels["val"] = sets.aligned(val, train, "val")
+        val = replace(val, labels=sets.aligned(val, train, "val"), classes=train.classes)
     protocol = _protocol(options, train, test)
-    weights = Path(options.weights) if options.weights else None
-    cache = Path(options.cache_dir)
-    networks = [
-        features.load(name, options.image_size, weights, options.download, cache) for name in options.what
-    ]  # all before the first one works, so that a wrong name costs no time
+    weights, cache = Path(options.weights) if options.weights else None, Path(options.cache_dir)
+    # all before the first one works, so that a wrong name costs no time
+    networks = [features.load(name, options.image_size, weights, options.download, cache) for name in options.what]
     texts = [_texts(options, name, net, place) for name, net in zip(options.what, networks, strict=True)]
-    out = Path(options.out)
     rows, results, sections = [], [], []
     for number, (net, text) in enumerate(zip(networks, texts, strict=True)):
-
-        def see(part: "LabelledSet", net: "Frozen" = net) -> "Tensor":
-            found = features.features(part.source, net, cache / "features", place.device, options.batch_size, True)
-            return found.to(place.device)
-
-        def seen(name: str, part: "LabelledSet") -> "probes.Seen":
-            return probes.Seen(see(part), labels[name].to(place.device))
-
-        split = probes.parts(
-            seen("train", train), None if val is None else seen("val", val), seen("test", test), len(train.classes),
-            protocol,
-        )  # fmt: skip
-        found = probes.Found()
-        for name in options.probes or TRAINED:
-            if name != "zero-shot":
-                print(f"{net.name}: {name}", flush=True)
-                found.add(probes.PROBES[name](split, protocol))
-        if text is not None:
-            found.add(probes.zero(split, protocol, train.classes, *text))
-        out.mkdir(parents=True, exist_ok=True)
-        slug = re.sub(r"[^\w.-]+", "-", net.name).strip("-") or "network"
-        prefix = slug if len(networks) == 1 else f"{number + 1}-{slug}"
-        files = _pictures(options, net, test, split.test.x.cpu(), place.device, out, prefix, found)
+        prefix = f"{number + 1}-" * (len(networks) > 1) + (re.sub(r"[^\w.-]+", "-", net.name).strip("-") or "network")
+        found, hung, facts = _probed(options, protocol, net, text, (train, val, test), place, prefix)
         scores = {name: scoreboard.Score(f.value, f.low, f.high) for name, f in found.figures.items()}
         rows.append(scoreboard.Row(net.name, len(test), False, scores))
-        sections.append(report.Section(net.name, files))
-        results.append({
-            "network": net.name, "facts": net.facts, "features": split.test.x.shape[1],
-            "figures": {name: asdict(figure) for name, figure in found.figures.items()},
-            "details": found.details, "notes": found.notes, "pictures": [file.name for file in files],
-        })  # fmt: skip
+        sections.append(report.Section(net.name, hung.files))
+        results.append(facts)
+    out = Path(options.out)
     counts = {"train": len(train), "val": None if val is None else len(val), "test": len(test)}
     whole = {
         "sets": {"train": options.train, "val": options.val, "test": options.test or options.train},
@@ -207,6 +175,45 @@ def probe(options: ProbeOptions) -> None:
     for note in notes:
         print(f"note: {note}")
     print(f"written: {out / 'probe.json'}, {out / 'probe.html'}")
+
+
+def _probed(
+    options: ProbeOptions, protocol: "Protocol", net: "Frozen", text: Any,
+    sets: "tuple[LabelledSet, LabelledSet | None, LabelledSet]", place: "Workplace", prefix: str,
+) -> "tuple[Found, Hung, dict[str, Any]]":  # fmt: skip
+    """The figures and pictures of one network, and what probe.json says of it."""
+    from dmd.represent import features, gallery, probe
+
+    cache, device = Path(options.cache_dir) / "features", place.device
+
+    def seen(part: "LabelledSet") -> "Seen":
+        x = features.features(part.source, net, cache, device, options.batch_size, True)
+        return probe.Seen(x.to(device), part.labels.to(device))
+
+    train, val, test = sets
+    split = probe.parts(
+        seen(train), None if val is None else seen(val), seen(test), len(train.classes), protocol
+    )  # fmt: skip
+    found, hung = probe.Found(), gallery.Hung()
+    for name in options.probes or TRAINED:
+        if name != "zero-shot":
+            print(f"{net.name}: {name}", flush=True)
+            found.add(probe.PROBES[name](split, protocol))
+    if text is not None:
+        found.add(probe.zero(split, protocol, train.classes, *text))
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    if options.pictures:
+        hung.add(gallery.tokens(net, test, options.pictures, out, prefix, device, options.batch_size))
+    if options.map != "none":
+        hung.add(gallery.atlas(net, test, split.test.x.cpu(), options.map, out, prefix, options.seed))
+    facts = {
+        "network": net.name, "facts": net.facts, "features": split.test.x.shape[1],
+        "figures": {name: asdict(figure) for name, figure in found.figures.items()},
+        "details": found.details, "notes": found.notes + hung.notes,
+        "pictures": [file.name for file in hung.files.values()],
+    }  # fmt: skip
+    return found, hung, facts
 
 
 def _sets(options: ProbeOptions) -> "tuple[LabelledSet, LabelledSet | None, LabelledSet]":
@@ -246,79 +253,25 @@ def _protocol(options: ProbeOptions, train: "LabelledSet", test: "LabelledSet") 
     )  # fmt: skip
 
 
-Texts = tuple[Callable[["Tensor"], "Tensor"], Callable[[Sequence[str]], "Tensor"]]
-"""Features to embeddings, and prompts to embeddings."""
-
-
-def _texts(options: ProbeOptions, name: str, net: "Frozen", place: "Workplace") -> "Texts | None":
-    """What zero-shot classification of a network compares; None where it is not asked for, or the network has none."""
+def _texts(options: ProbeOptions, name: str, net: "Frozen", place: "Workplace") -> Any:
+    """(features to embeddings, prompts to embeddings) for zero-shot classification; None where it is not asked for, or
+    the network has no text half.
+    """
     asked = options.probes is not None and "zero-shot" in options.probes
     if options.probes is not None and not asked:
         return None
-    source = options.text
     kind, _, rest = name.partition(":")
-    if source is None and kind == "transformers" and asked:
-        source = rest
+    source = rest if options.text is None and kind == "transformers" and asked else options.text
+    if source is None and net.folder is not None and (net.folder / "text").is_dir():
+        from dmd.represent.text import load_text
+
+        text = load_text(net.folder / "text", place.device)
+        return text.project, text
     if source is None:
         if asked:
-            raise InputError(
-                f"{name} has no text half, which zero-shot classification needs: give --text, or leave it out"
-            )
+            raise InputError(f"{name} has no text half, which zero-shot classification needs: give --text")
         return None
-    import torch
-
     from dmd.metrics import clip_score
 
     clip = clip_score.load(source, None, options.download, place.device)
-    return lambda x: x, torch.no_grad()(clip.embed_texts)
-
-
-def _pictures(
-    options: ProbeOptions, net: "Frozen", test: "LabelledSet", x: "Tensor", device: "torch.device", out: Path,
-    prefix: str, found: "Found",
-) -> list[Path]:  # fmt: skip
-    """Pictures of patch tokens and the map, as PNG files; why one is left out becomes a note."""
-    from dmd.metrics.evaluate import spread
-    from dmd.represent import features, maps, pictures
-
-    files = []
-    if options.pictures and net.tokens is None:
-        found.notes.append("no pictures of patch tokens: where this network's tokens are is not known")
-    elif options.pictures:
-        try:
-            page = _token_page(options.pictures, net, test, device, options.batch_size, features, pictures)
-            files.append(_save(page, out / f"{prefix}-tokens.png"))
-        except InputError as error:
-            found.notes.append(f"no pictures of patch tokens: {error}")
-    if options.map != "none":
-        index = spread(len(x), maps.MOST)
-        at = maps.places(x[index], options.map, options.seed)
-        title = f"{net.name}, {options.map}, {len(index):,} images of {test.source.name}"
-        files.append(_save(maps.draw(at, test.labels[index], test.classes, title), out / f"{prefix}-map.png"))
-    return files
-
-
-def _token_page(
-    classes: int, net: "Frozen", test: "LabelledSet", device: "torch.device", batch: int, features: Any, pictures: Any
-) -> "Tensor":
-    """A row of images and a row of their tokens for each of some classes, each class by components of its own."""
-    import torch
-
-    pages = []
-    for c in test.labels.unique()[:classes].tolist():
-        index = torch.nonzero(test.labels == c)[:PICTURED, 0].tolist()
-        images = next(test.source.select(index).batches(len(index)))
-        prepared = net.prepared(images)
-        shown = pictures.colours(features.grids(prepared, net, device, batch))
-        both = [torch.cat((part, part.new_full((PICTURED - len(part), *part.shape[1:]), 255))) for part in (
-            prepared.round().to(torch.uint8), shown
-        )]  # fmt: skip
-        pages.append(pictures.page(*both, PICTURED))
-    return torch.cat(pages, dim=1)
-
-
-def _save(image: "Tensor", path: Path) -> Path:
-    from PIL import Image
-
-    Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(path)
-    return path
+    return (lambda x: x), clip.embed_texts

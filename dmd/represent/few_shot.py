@@ -44,7 +44,10 @@ def episodes(
         words = bits(seed, Stream.EPISODE, number, torch.arange(ways + 1), max(len(members), *map(len, members)))
         chosen = words[ways, : len(members)].argsort(stable=True)[:ways].tolist()
         drawn = torch.stack(
-            [members[c][w[: len(members[c])].argsort(stable=True)[:each]] for c, w in zip(chosen, words)]
+            [
+                members[c][w[: len(members[c])].argsort(stable=True)[:each]]
+                for c, w in zip(chosen, words[:ways], strict=True)
+            ]
         )
         task = z[drawn.to(z.device)]  # (ways, shots + queries, D)
         means = task[:, :shots].mean(1)

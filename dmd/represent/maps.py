@@ -23,7 +23,7 @@ def places(x: Tensor, method: Method, seed: int) -> Tensor:
 
     Args:
         x: features (N, D), which are normalised here.
-        method: t-SNE (van der Maaten and Hinton 2008) from the principal components on, by scikit-learn; or these alone.
+        method: scikit-learn's t-SNE (van der Maaten and Hinton 2008) from the principal components on, or these alone.
         seed: of t-SNE.
 
     Raises:

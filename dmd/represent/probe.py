@@ -249,8 +249,8 @@ def zero(
     images = embed_images(p.test.x)
     if images.shape[1] != classes.shape[1]:
         raise InputError(
-            f"images have embeddings of {images.shape[1]} numbers and texts of {classes.shape[1]}: give the text half of "
-            "the same network"
+            f"images have embeddings of {images.shape[1]} numbers and texts of {classes.shape[1]}: give the text half "
+            "of the same network"
         )
     found = Found()
     found.figures["zero-shot"] = _figure(zero_shot.predict(images, classes), p, protocol, "zero-shot")

@@ -39,21 +39,17 @@ pre { overflow-x: auto; }
 
 @dataclass(frozen=True)
 class Section:
-    """A network's pictures, PNG files."""
+    """A network's pictures: PNG files by what they show."""
 
     name: str
-    files: Sequence[Path]
+    files: Mapping[str, Path]
 
     @property
     def pictures(self) -> list[tuple[str, str]]:
-        """Captions and data URLs."""
-        kinds = {"tokens": "Images and the principal components of their patch tokens", "map": "Map of the test images"}
+        """What they show, and data URLs."""
         return [
-            (
-                kinds[file.stem.rpartition("-")[2]],
-                "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode(),
-            )
-            for file in self.files
+            (name, "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode())
+            for name, file in self.files.items()
         ]
 
 

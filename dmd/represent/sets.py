@@ -28,8 +28,8 @@ PARTS = ("train", "val", "test")
 
 KINDS = (
     "digits, shapes, torchvision:NAME:FOLDER, a folder of train/CLASS/* and test/CLASS/* or of CLASS/*, an .npz with "
-    "'images' and 'labels', tar shards with .cls members or a \"label\" in .json, or a folder with metadata.jsonl and a "
-    '"label" in its lines'
+    "'images' and 'labels', tar shards with .cls members or a \"label\" in .json, or a folder with metadata.jsonl and "
+    'a "label" in its lines'
 )
 TEST_SHARE = 0.25
 """Of a set that comes without parts."""
@@ -253,10 +253,10 @@ def _label(facts: Any, where: str) -> str | int:
 def _numbered(found: Sequence[str | int]) -> tuple[Tensor, tuple[str, ...]]:
     """Labels as numbers and the classes' names, in the order of numbers, or of the alphabet."""
     if all(isinstance(label, int) for label in found):
-        names = sorted(set(found))  # type: ignore[type-var]
+        names = sorted(set(found))
     else:
         found = [str(label) for label in found]
-        names = sorted(set(found))  # type: ignore[type-var]
+        names = sorted(set(found))
     at = {name: number for number, name in enumerate(names)}
     return torch.tensor([at[label] for label in found]), tuple(map(str, names))
 
@@ -292,8 +292,8 @@ TORCHVISION = {
     "Food101": Known(_named()), "StanfordCars": Known(_named()), "GTSRB": Known(_named()),
     "DTD": Known(_named(val="val")), "Flowers102": Known(_named(val="val"), True),
     "FGVCAircraft": Known(_named(val="val"), True), "OxfordIIITPet": Known(_named("trainval"), True),
-    "Country211": Known(_named(val="valid")), "RenderedSST2": Known(_named(val="val")), "PCAM": Known(_named(val="val")),
-    "ImageNet": Known(_named(test="val")), "Imagenette": Known(_named(test="val")),
+    "Country211": Known(_named(val="valid")), "RenderedSST2": Known(_named(val="val")), 
+    "PCAM": Known(_named(val="val")), "ImageNet": Known(_named(test="val")), "Imagenette": Known(_named(test="val")),
     "Caltech101": Known(mean_class=True, train=30), "SUN397": Known(train=50), "EuroSAT": Known(),
 }  # fmt: skip
 """By torchvision's name. Caltech101 is torchvision's, without the background class; 30 images of a class to train on,
