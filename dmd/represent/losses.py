@@ -67,8 +67,8 @@ def contrast(
 
 
 def unit(features: Tensor) -> Tensor:
-    """Features (B, D) at length one. Those below 1e-3 stay shorter, so that the gradient of one that is zero is a number
-    in float16 too."""
+    """Features (B, D) at length one. Those below 1e-3 stay shorter, so that the gradient of a feature of zeros is a
+    number in float16 too."""
     return F.normalize(full(features), dim=1, eps=1e-3)
 
 

@@ -6,9 +6,9 @@ import tarfile
 from collections import Counter
 from dataclasses import replace
 
-import little
 import numpy as np
 import pytest
+import tiny_learners as little
 import torch
 from PIL import Image
 from torchvision.transforms import v2

@@ -3,8 +3,8 @@
 import copy
 import math
 
-import little
 import pytest
+import tiny_learners as little
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator

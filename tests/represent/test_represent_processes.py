@@ -5,8 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import little
 import pytest
+import tiny_learners as little
 import torch
 
 from dmd.batches import Share
