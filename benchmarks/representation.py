@@ -481,7 +481,7 @@ def verdicts(bench: Bench, results: dict[str, dict[str, dict[str, float]]]) -> l
     one, many = bench.seconds_per_image("student"), bench.seconds_per_image("teacher")
     if one and many:
         times = many / one
-        found.append({"what": "times cheaper an image (target: 30)", "value": times, "met": times >= 30})
+        found.append({"what": "times cheaper an image, writing it included (target: 30)", "value": times, "met": times >= 30})
     return found
 
 
@@ -517,7 +517,7 @@ def main() -> None:
     plot = folder / f"experiment-{options.experiment}.svg"
     title = f"Experiment {options.experiment}, {options.world}: real test images, {len(options.seeds)} seeds"
     plot.write_text(scoreboard.svg(rows, title, "Bars: lowest and highest seed."), encoding="utf-8")
-    targets = verdicts(bench, results) if options.experiment == "a" else []
+    targets = verdicts(bench, results) if options.experiment == "a" and not options.quick else []
     for target in targets:
         print(f"{target['what']}: {target['value']:.2f}, {'met' if target['met'] else 'MISSED'}")
     print(f"plot: {plot}")
