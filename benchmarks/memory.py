@@ -8,7 +8,6 @@ little too much. The largest of these is added to the former. Fragmentation, cuD
 to 2 GiB together) come on top. The last line is JSON.
 """
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
+from benchmarks import common
 from benchmarks.common import finish, say_machine
 from benchmarks.sampling import SD_1_5, SMALL, Sizes, networks
 from dmd.teachers.lora import ATTENTION
@@ -34,11 +34,13 @@ class Case:
         lora_rank: of the fake score's adapters; 0 is a second network.
         checkpointing: of UNets and decoder.
         adam: bytes of its states a parameter.
+        student_rank: of the student's adapters; 0 is a whole network.
     """
 
     lora_rank: int
     checkpointing: bool
     adam: float
+    student_rank: int = 0
 
 
 CASES = {
@@ -47,6 +49,7 @@ CASES = {
     "two networks, checkpointing, 8-bit Adam": Case(0, True, ADAM_8BIT),
     "LoRA fake score, checkpointing": Case(64, True, ADAM),
     "LoRA fake score, checkpointing, 8-bit Adam (sd15-24gb)": Case(64, True, ADAM_8BIT),
+    "LoRA student and fake score, checkpointing": Case(64, True, ADAM, 64),
 }
 
 
@@ -127,9 +130,9 @@ def adapters_of_rank_1(net: nn.Module) -> int:
 
 def at_rest(counts: Counts, case: Case) -> float:
     """Bytes that lie in memory all the time: student with gradients, states and average; fake score; frozen parts."""
-    fake = counts.unet if case.lora_rank == 0 else case.lora_rank * counts.adapters
-    trained = (counts.unet + fake) * (2 * FLOAT + case.adam)
-    average, real = counts.unet * FLOAT, counts.unet * HALF
+    student, fake = (rank * counts.adapters or counts.unet for rank in (case.student_rank, case.lora_rank))
+    trained = (student + fake) * (2 * FLOAT + case.adam)
+    average, real = student * FLOAT, counts.unet * HALF
     return trained + average + real + (counts.vae + counts.text) * FLOAT + counts.vgg * FLOAT
 
 
@@ -140,7 +143,7 @@ def peak(counts: Counts, case: Case) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="small networks")
     options = parser.parse_args()
     say_machine()
@@ -152,7 +155,7 @@ def main() -> None:
     for name, case in CASES.items():
         print(f"{name:56} {at_rest(counts, case) / GIB:8.2f} {peak(counts, case) / GIB:8.2f}")
     results = {name: {"rest": at_rest(counts, case), "peak": peak(counts, case)} for name, case in CASES.items()}
-    finish("memory", {"counts": vars(counts), "cases": results})
+    finish("memory", {"counts": vars(counts), "cases": results}, options.json)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ LAYERS = [
         "build",
         "chain",
         "evaluation",
+        "ranking",
         "teach_miniature",
         "teach_shapes",
         "teach_folder",

@@ -11,8 +11,8 @@ from dmd.config import Config, read, require_same, to_json
 from dmd.errors import InputError
 
 CONTENT = (
-    "checkpoints", "student", "samples", "tensorboard", "wandb", "environment.json", "inputs.json", "metrics.jsonl",
-    "summary.json", "report.html", "config.json",
+    "checkpoints", "student", "student-lora", "samples", "tensorboard", "wandb", "environment.json", "inputs.json",
+    "metrics.jsonl", "summary.json", "report.html", "config.json",
 )  # fmt: skip
 """What a run writes into its directory, and `--fresh` deletes; other files there are the user's."""
 

@@ -182,6 +182,11 @@ def build(config: BackboneConfig) -> Backbone:
             own |= {"img_size": config.size, "dynamic_img_size": True}
             patch = config.arguments.get("patch_size", _own_patch(config.architecture))
             require_divisible(config.size, config.size, (patch, patch))
+        elif "patch_size" in config.arguments and cls.__module__ == "timm.models.resnet":
+            patch = config.arguments["patch_size"]
+            raise InputError(
+                f"--patch-size {patch} is for vision transformers, not {config.architecture}: leave it out"
+            )
         net = timm.create_model(config.architecture, **dict(config.arguments), **own)
     except (RuntimeError, ValueError, TypeError, AssertionError, KeyError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]

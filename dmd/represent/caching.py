@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from dmd.represent.losses import full
+
 
 def cached(
     compute: Callable[[int], Sequence[Tensor]], chunks: int, net: nn.Module
@@ -30,7 +32,7 @@ def cached(
     with torch.no_grad(), _statistics_kept(net):
         for i in range(chunks):
             rows.append(compute(i))
-    leaves = [torch.cat(column).float().requires_grad_() for column in zip(*rows, strict=True)]
+    leaves = [full(torch.cat(column)).requires_grad_() for column in zip(*rows, strict=True)]
     sizes = [[len(x) for x in column] for column in zip(*rows, strict=True)]
 
     def backward() -> None:

@@ -63,7 +63,7 @@ class Chain:
                 "--ibot-weight 0"
             )
         self.captions = self._captions()
-        self.source = None if config.data.data is None and not config.data.online else self._source()
+        self.source = None if config.data.data is None and not config.data.online else self._checked(self._source())
         self.tokenizer: Any = text.load_tokenizer(str(config.text.tokenizer)) if self._reads(given=True) else None
         self.judged = None if config.probe.probe is None else self._judged(str(config.probe.probe))
 
@@ -75,8 +75,7 @@ class Chain:
         place.first(lambda: checkpoint.write_json(self.folder / "environment.json", environment))
         if self.source is None:
             self.seconds["synthesis"] = self._synthesise()
-            self.source = place.together(lambda: Stored(self._cached(), *self._stored()))
-        check_source(self.source, config.data.captions_per_batch, config.method in WITH_CAPTIONS)
+            self.source = place.together(lambda: self._checked(Stored(self._cached(), *self._stored())))
         place.together(self._require_same_inputs)
         if self._reads(given=False):
             place.first(self._write_words)
@@ -146,6 +145,10 @@ class Chain:
         if path.suffix.lower() == ".tar" or (path.is_dir() and (any(path.glob("*.tar")) or _lists(path))):
             return Stored(path, *self._stored())
         return Labelled(images.load(path, "train", channels=self.config.backbone.channels), d.per_caption, seed)
+
+    def _checked(self, source: Source) -> Source:
+        check_source(source, self.config.data.captions_per_batch, self.config.method in WITH_CAPTIONS)
+        return source
 
     def _coloured(self, found: ImageSet) -> ImageSet:
         if self.config.backbone.channels == found.shape[0]:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmd.represent import processes
+from dmd.represent.losses import full
 
 Layer = Callable[[int], nn.Module]
 """Width to what follows a linear map of that width: a normalisation and its nonlinearity."""
@@ -90,10 +91,10 @@ class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or processes.world() == 1:
             return super().forward(input)
-        x = input.float()
+        x = full(input)
         axes = [0, *range(2, x.ndim)]
         shape = [1, -1, *[1] * (x.ndim - 2)]
-        count = processes.total(torch.tensor(float(x.numel() // x.shape[1]), device=x.device))
+        count = processes.total(x.new_tensor(x.numel() // x.shape[1]))
         mean = processes.summed(x.sum(axes)) / count
         centred = x - mean.reshape(shape)
         variance = processes.summed(centred.square().sum(axes)) / count

@@ -226,7 +226,7 @@ class Learner:
 
         (features,), finish = cached(compute, len(parts), self.backbone)
         figures: dict[str, Tensor] = {}
-        loss = features.new_zeros((), dtype=torch.float32)
+        loss = torch.zeros((), device=device)
         for name, term in self.terms.items():
             with torch.autocast(device.type, p.autocast, enabled=p.autocast is not None):
                 found = term(features, batch)

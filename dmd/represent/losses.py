@@ -1,4 +1,4 @@
-"""Losses of representation learning, in float32 whatever they are given, from the labels of each call.
+"""Losses of representation learning, in float32 (or float64, if given that), from the labels of each call.
 
 All contrastive ones are one function, `contrast`: queries, keys, and which keys are positives.
 
@@ -24,7 +24,7 @@ from dmd.represent import processes
 
 @dataclass(frozen=True)
 class Contrast:
-    """A contrastive loss, and what to watch beside it; float32 scalars whose averages over processes are the figures.
+    """A contrastive loss, and what to watch beside it; scalars whose averages over processes are the figures.
 
     Attributes:
         loss: mean over the queries that have positives; 0 if none has.
@@ -60,16 +60,21 @@ def contrast(
         count = positive.sum(1)
         logs = logits.log_softmax(1).masked_fill(~positive, 0.0)
         each = -logs.sum(1) / count.clamp_min(1)
-        kept = (count > 0).float()
+        kept = (count > 0).to(each.dtype)
         excess = each.detach() - count.clamp_min(1).log()
         dropped = (1.0 - kept).sum() * processes.world()  # the average over processes is then the sum
         return Contrast(processes.mean(each, kept), processes.mean(excess, kept), dropped)
 
 
 def unit(features: Tensor) -> Tensor:
-    """Features (B, D) at length one in float32. Those below 1e-3 stay shorter, so that the gradient of one that is zero
-    is a number in float16 too."""
-    return F.normalize(features.float(), dim=1, eps=1e-3)
+    """Features (B, D) at length one. Those below 1e-3 stay shorter, so that the gradient of a feature of zeros is a
+    number in float16 too."""
+    return F.normalize(full(features), dim=1, eps=1e-3)
+
+
+def full(x: Tensor) -> Tensor:
+    """Numbers in float32, or wider if they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def multi_positive(features: Tensor, labels: Tensor, temperature: float) -> Contrast:
@@ -133,7 +138,7 @@ def image_text(images: Tensor, texts: Tensor, image_labels: Tensor, text_labels:
 
 def classification(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
     """Cross-entropy of (B, K) logits and (B,) classes."""
-    return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+    return F.cross_entropy(full(logits), labels, label_smoothing=smoothing)
 
 
 def masked_patches(student: Tensor, target: Tensor, mask: Tensor, temperature: float) -> Tensor:
@@ -148,7 +153,7 @@ def masked_patches(student: Tensor, target: Tensor, mask: Tensor, temperature: f
         temperature: of the student.
     """
     with torch.autocast(student.device.type, enabled=False):
-        each = -(target.float() * (student.float() / temperature).log_softmax(1)).sum(1)
+        each = -(full(target) * (full(student) / temperature).log_softmax(1)).sum(1)
         count = mask.sum(1)
         weights = (1.0 / count.clamp_min(1))[:, None].expand(mask.shape)[mask]
         return processes.mean(each, weights)  # the weights of an image have the sum 1

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dmd.represent import processes
+from dmd.represent.losses import full
 
 
 @torch.no_grad()
@@ -24,7 +25,7 @@ def assignments(logits: Tensor, temperature: float, iterations: int = 3) -> Tens
         iterations: how many times both are done.
     """
     with torch.autocast(logits.device.type, enabled=False):
-        logs = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+        logs = full(logits) / temperature
         for _ in range(iterations):
             logs = logs - _columns(logs)
             logs = logs - logs.logsumexp(1, keepdim=True)
