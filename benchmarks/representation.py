@@ -17,7 +17,6 @@ Every run is a folder in --folder and is resumed or reused. Learners differ by s
 plot are the lowest and the highest seed. Flags after -- are for `train_dmd.py`.
 """
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -32,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks import common
 from benchmarks.common import finish, say_machine
 from dmd import scoreboard
 from dmd.cli.probe import ProbeOptions
@@ -491,7 +491,7 @@ def verdicts(bench: Bench, results: dict[str, dict[str, dict[str, float]]]) -> l
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("--experiment", choices=list(EXPERIMENTS), default="a")
     parser.add_argument("--world", choices=list(WORLDS), default="digits")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -537,7 +537,7 @@ def main() -> None:
         "seconds_per_image": {name: bench.seconds_per_image(name) for name in ("student", "teacher")},
         "arms": results, "targets": targets,
     }  # fmt: skip
-    finish("representation", whole)
+    finish("representation", whole, options.json)
 
 
 if __name__ == "__main__":
