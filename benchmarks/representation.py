@@ -96,13 +96,14 @@ def described(found: ImageSet, attributes: Sequence[tuple[Tensor, tuple[str, str
     """Images with "word word class" for captions: for each attribute the word of the half of the class it is in.
 
     Args:
-        attributes: a number (N,) of each image, and the words for those below and above their class's median.
+        attributes: a number (N,) of each image, and the words for the lower and the upper half of its class.
     """
     above = torch.zeros(len(found), len(attributes), dtype=torch.int64)
     for column, (value, _) in enumerate(attributes):
         for c in range(len(found.classes)):
             members = found.labels == c
-            above[members, column] = (value[members] > value[members].median()).long()
+            rank = value[members].argsort(stable=True).argsort()  # so that equal numbers leave no half empty
+            above[members, column] = (2 * rank >= len(rank)).long()
     words = [
         tuple(w[i] for (_, w), i in zip(attributes, bits_of(n, len(attributes)), strict=True))
         for n in range(2 ** len(attributes))
@@ -130,8 +131,8 @@ def digits(folder: Path, quick: bool) -> Real:
 
 def fashion(folder: Path, quick: bool) -> Real:
     found = loaded(folder, "train", quick)
-    wide = (found.images.amax(2) > 64).float().flatten(1).mean(1)
-    return described(found, [(brightness(found), ("dark", "light")), (wide, ("narrow", "wide"))])
+    area = (found.images > 64).float().flatten(1).mean(1)
+    return described(found, [(brightness(found), ("dark", "light")), (area, ("small", "large"))])
 
 
 def cifar10(folder: Path, quick: bool) -> Real:
