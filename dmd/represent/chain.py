@@ -78,9 +78,9 @@ class Chain:
             self.source = place.together(lambda: self._checked(Stored(self._cached(), *self._stored())))
         place.together(self._require_same_inputs)
         if self._reads(given=False):
-            place.first(self._write_words)
+            place.first(self.write_words)
             self.tokenizer = text.load_tokenizer(str(self.folder / TEXT / text.WORDS))
-        task, batches = self._task()
+        task, batches = self.task()
         steps = self.steps
         if place.main and not (self.folder / VIEWS).exists():
             self._show(batches(0).images)
@@ -224,7 +224,8 @@ class Chain:
         """Whether captions are read, by a tokenizer that the user gave or by one that is made here."""
         return self.config.method in WITH_TEXT and (self.config.text.tokenizer is not None) == given
 
-    def _write_words(self) -> None:
+    def write_words(self) -> None:
+        """Make a tokenizer of the captions' words in the run directory, if it is not there."""
         folder = self.folder / TEXT / text.WORDS
         if (folder / "vocab.json").exists():
             return
@@ -267,7 +268,7 @@ class Chain:
         rank = self.place.accelerator.process_index
         return Practice(pace, clip_and_check, m.max_grad_norm, m.chunk, run.seed, rank, self.place.autocast)
 
-    def _task(self) -> tuple[Any, Any]:
+    def task(self) -> tuple[Any, Any]:
         """The learner, and what it sees."""
         if self.config.method == "synclr":
             return self._synclr(), self._crops()

@@ -1,7 +1,10 @@
 """What losses need of the other processes; without a process group each function gives what one process has."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, distributed
+from torch.autograd.function import once_differentiable
 
 
 def world() -> int:
@@ -16,11 +19,7 @@ def rank() -> int:
 
 def gathered(x: Tensor) -> Tensor:
     """(B, ...) of every process as (W * B, ...), with the gradient of every process's loss."""
-    if world() == 1:
-        return x
-    from torch.distributed.nn.functional import all_gather
-
-    return torch.cat(all_gather(x.contiguous()))
+    return x if world() == 1 else _Gathered.apply(x)
 
 
 @torch.no_grad()
@@ -35,17 +34,13 @@ def collected(x: Tensor) -> Tensor:
 
 def summed(x: Tensor) -> Tensor:
     """The sum over processes, with the gradient of every process's loss."""
-    if world() == 1:
-        return x
-    from torch.distributed.nn.functional import all_reduce
-
-    return all_reduce(x)
+    return x if world() == 1 else _Summed.apply(x)
 
 
 @torch.no_grad()
 def total(x: Tensor) -> Tensor:
     """The sum over processes, without gradient."""
-    found = x.detach().clone()
+    found = x.detach().clone(memory_format=torch.contiguous_format)
     if world() > 1:
         distributed.all_reduce(found)
     return found
@@ -54,10 +49,34 @@ def total(x: Tensor) -> Tensor:
 @torch.no_grad()
 def largest(x: Tensor) -> Tensor:
     """The maximum over processes, without gradient."""
-    found = x.detach().clone()
+    found = x.detach().clone(memory_format=torch.contiguous_format)
     if world() > 1:
         distributed.all_reduce(found, op=distributed.ReduceOp.MAX)
     return found
+
+
+class _Gathered(torch.autograd.Function):
+    """torch.distributed.nn has deprecated its own, and what replaces it is not in the older releases of torch."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return collected(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return total(gradient).chunk(world())[rank()]
+
+
+class _Summed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return total(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return total(gradient)
 
 
 def mean(values: Tensor, weights: Tensor) -> Tensor:

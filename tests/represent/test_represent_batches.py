@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 import tarfile
 from collections import Counter
 from dataclasses import replace
@@ -256,7 +257,7 @@ def test_batches_that_do_not_divide():
 
 
 def test_workers_make_the_same_batches():
-    batches = little.view_batches()
+    batches = pickle.loads(pickle.dumps(little.view_batches()))  # as for processes that are not forked
     with_workers = Prefetched(batches, 2, 9, CPU)
     for step in (0, 1, 2, 7, 8, 3):
         found, expected = with_workers(step), batches(step).to(CPU)
