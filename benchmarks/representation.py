@@ -14,7 +14,7 @@ digits, CIFAR-10 and Fashion-MNIST are a class and attributes that are measured 
 worlds is distilled here first, from a teacher that is taught here, by `train_dmd.py`. In `shapes`, both ship.
 
 Every run is a folder in --folder and is resumed or reused. Learners differ by seed; the images do not. Bars in the
-plot are the lowest and the highest seed.
+plot are the lowest and the highest seed. Flags after -- are for `train_dmd.py`.
 """
 
 import json
@@ -96,13 +96,14 @@ def described(found: ImageSet, attributes: Sequence[tuple[Tensor, tuple[str, str
     """Images with "word word class" for captions: for each attribute the word of the half of the class it is in.
 
     Args:
-        attributes: a number (N,) of each image, and the words for those below and above their class's median.
+        attributes: a number (N,) of each image, and the words for the lower and the upper half of its class.
     """
     above = torch.zeros(len(found), len(attributes), dtype=torch.int64)
     for column, (value, _) in enumerate(attributes):
         for c in range(len(found.classes)):
             members = found.labels == c
-            above[members, column] = (value[members] > value[members].median()).long()
+            rank = value[members].argsort(stable=True).argsort()  # so that equal numbers leave no half empty
+            above[members, column] = (2 * rank >= len(rank)).long()
     words = [
         tuple(w[i] for (_, w), i in zip(attributes, bits_of(n, len(attributes)), strict=True))
         for n in range(2 ** len(attributes))
@@ -130,8 +131,8 @@ def digits(folder: Path, quick: bool) -> Real:
 
 def fashion(folder: Path, quick: bool) -> Real:
     found = loaded(folder, "train", quick)
-    wide = (found.images.amax(2) > 64).float().flatten(1).mean(1)
-    return described(found, [(brightness(found), ("dark", "light")), (wide, ("narrow", "wide"))])
+    area = (found.images > 64).float().flatten(1).mean(1)
+    return described(found, [(brightness(found), ("dark", "light")), (area, ("small", "large"))])
 
 
 def cifar10(folder: Path, quick: bool) -> Real:
@@ -199,6 +200,8 @@ class Bench:
         folder: of all that is made.
         data: the user's images, where the world has them from there.
         quick: a smoke test.
+        distil: flags of `train_dmd.py` beside the preset's.
+        learn: flags of `dmd represent` beside the world's.
     """
 
     name: str
@@ -206,6 +209,8 @@ class Bench:
     folder: Path
     data: Path
     quick: bool
+    distil: tuple[str, ...] = ()
+    learn: tuple[str, ...] = ()
 
     def dmd(self, *words: str) -> None:
         """Run `python -m dmd ...`."""
@@ -258,7 +263,7 @@ class Bench:
         folder = self.folder / "dmd"
         if not (folder / "summary.json").is_file():
             flags = ["--data", str(self.by_caption()), "--output-dir", str(folder)]
-            flags += ["--cache-dir", str(self.folder / "cache"), *(QUICK["distil"] if self.quick else [])]
+            flags += ["--cache-dir", str(self.folder / "cache"), *self.distil]
             self.dmd("train", self.world.distil, *flags)
         return str(folder / "student")
 
@@ -317,14 +322,14 @@ class Bench:
 
     # ------------------------------------------------------------------------- learners and figures
 
-    def learn(self, name: str, method: str, seed: int, *flags: str) -> dict[str, float]:
+    def learnt(self, name: str, method: str, seed: int, *flags: str) -> dict[str, float]:
         """Train a backbone, or take it from its folder, and probe it on real images."""
         run = self.folder / "runs" / f"{name}-{seed}"
         if not (run / "summary.json").is_file():
             # flags may come twice: the last one counts
             own = self.world.synclr if method == "synclr" else ()
             words = [*self.world.flags, *own, *flags, "--seed", str(seed), "--output-dir", str(run), "--probe", "None"]
-            words += ["--cache-dir", str(self.folder / "cache"), *(QUICK["learn"] if self.quick else [])]
+            words += ["--cache-dir", str(self.folder / "cache"), *self.learn]
             self.dmd("represent", method, self.world.preset, *merged(words))
         return self.probed(run, ("knn", "linear", "geometry"))
 
@@ -389,7 +394,7 @@ def experiment_a(bench: Bench) -> dict[str, Arm]:
 
 
 def learner(bench: Bench, folder: str, method: str, *flags: str) -> Arm:
-    return lambda seed: bench.learn(folder, method, seed, *flags)
+    return lambda seed: bench.learnt(folder, method, seed, *flags)
 
 
 def experiment_b(bench: Bench) -> dict[str, Arm]:
@@ -424,7 +429,7 @@ def experiment_c(bench: Bench) -> dict[str, Arm]:
 
 def experiment_d(bench: Bench) -> dict[str, Arm]:
     judge = bench.by_class("real", bench.by_caption())
-    bench.learn("a-real-supervised", "supervised", 0, "--data", str(judge))
+    bench.learnt("a-real-supervised", "supervised", 0, "--data", str(judge))
     net = features.load(str(bench.folder / "runs" / "a-real-supervised-0"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -435,7 +440,7 @@ def experiment_d(bench: Bench) -> dict[str, Arm]:
         x = features.features(source, net, cache_dir, device, 256, True)
         apart = diversity(x, found.labels)
         size = ("--per-caption", str(m), "--captions-per-batch", str(256 // m))
-        return lambda seed: bench.learn(folder, "stablerep", seed, *size, "--data", str(data)) | {"diversity": apart}
+        return lambda seed: bench.learnt(folder, "stablerep", seed, *size, "--data", str(data)) | {"diversity": apart}
 
     count = max(bench.replicas(), max(M))
     student = bench.synthetic(f"student-{count}", count)
@@ -481,7 +486,8 @@ def verdicts(bench: Bench, results: dict[str, dict[str, dict[str, float]]]) -> l
     one, many = bench.seconds_per_image("student"), bench.seconds_per_image("teacher")
     if one and many:
         times = many / one
-        found.append({"what": "times cheaper an image (target: 30)", "value": times, "met": times >= 30})
+        what = "times cheaper an image, writing it included (target: 30)"
+        found.append({"what": what, "value": times, "met": times >= 30})
     return found
 
 
@@ -492,12 +498,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--data", type=Path, help="images of cifar10 or fashion, as train_dmd.py reads them")
     parser.add_argument("--folder", type=Path, default=Path("runs/representation"), help="where everything goes")
+    parser.add_argument("--steps", type=int, help="of each learner; left out, the world's")
     parser.add_argument("--quick", action="store_true", help="a few steps of everything: a smoke test")
-    options = parser.parse_args()
+    cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    options, distil = parser.parse_args(sys.argv[1:cut]), sys.argv[cut + 1 :]
     say_machine()
     folder = options.folder / (f"{options.world}-quick" if options.quick else options.world)
     data = options.data or Path("data") / options.world
-    bench = Bench(options.world, WORLDS[options.world], folder, data, options.quick)
+    learn = ["--max-train-steps", str(options.steps)] if options.steps else []
+    if options.quick:
+        distil, learn = [*QUICK["distil"], *distil], [*QUICK["learn"], *learn]
+    bench = Bench(options.world, WORLDS[options.world], folder, data, options.quick, tuple(distil), tuple(learn))
     arms = EXPERIMENTS[options.experiment](bench)
     found = {name: [arm(seed) for seed in options.seeds] for name, arm in arms.items()}
     results = summarised(found)
@@ -517,7 +528,7 @@ def main() -> None:
     plot = folder / f"experiment-{options.experiment}.svg"
     title = f"Experiment {options.experiment}, {options.world}: real test images, {len(options.seeds)} seeds"
     plot.write_text(scoreboard.svg(rows, title, "Bars: lowest and highest seed."), encoding="utf-8")
-    targets = verdicts(bench, results) if options.experiment == "a" else []
+    targets = verdicts(bench, results) if options.experiment == "a" and not options.quick else []
     for target in targets:
         print(f"{target['what']}: {target['value']:.2f}, {'met' if target['met'] else 'MISSED'}")
     print(f"plot: {plot}")

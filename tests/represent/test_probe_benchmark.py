@@ -19,6 +19,13 @@ def test_captions_say_in_which_half_of_its_class_an_image_is():
     assert said[4:] == ["dark low dog", "dark high dog", "light low dog", "light high dog"]
     assert [real.classes[real.of_caption[label]] for label in real.data.labels] == ["cat"] * 4 + ["dog"] * 4
     assert {t.replace("{}", "cat") for t in real.templates} == set(said[:4])
+    flat = bench.described(found, [(torch.zeros(8), ("dark", "light"))])
+    assert flat.data.labels.bincount().tolist() == [
+        2,
+        2,
+        2,
+        2,
+    ]  # a number that is the same for all divides all the same
 
 
 def test_shapes_are_single_things_with_their_class():
