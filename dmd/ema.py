@@ -1,6 +1,7 @@
 """Exponential moving average of a network's weights, in float32."""
 
 import copy
+import functools
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,12 @@ class Ema:
             raise ValueError(f"EMA decay is {decay}: it must be at least 0 and below 1")
         self.decay = decay
         self.shadow = copy.deepcopy(source).float().eval().requires_grad_(False)
-        self._weights: list[Tensor] = list(self.shadow.parameters())
         self._buffers = list(self.shadow.buffers())
+
+    @functools.cached_property
+    def _weights(self) -> list[Tensor]:
+        """Found at the first update, since sharding replaces them before."""
+        return list(self.shadow.parameters())
 
     @torch.no_grad()
     def update(self, source: nn.Module, updates: int) -> None:
