@@ -2,10 +2,11 @@
 
 The parts are the network calls that the method cannot do without: the student's forward and backward on noises and
 pairs, the real and the fake score's forward, the fake score's forward and backward; for text to image the text
-encoder's forward besides. The iteration also draws its batch,
-diffuses, computes the losses, clips and checks gradients, updates two networks and an average. Printed: how much of it
-is bare work (target: 95 % or more), model FLOPs utilisation (the parts' floating-point operations over what a large
-matrix product reaches on the same device), and how often each network was called (target: no hidden pass).
+encoder's forward besides. The iteration also diffuses, computes the losses, clips and checks gradients, updates two
+networks and an average, and has its batch drawn, as in training one step ahead in a thread (`--serial`: before it).
+Printed: how much of it is bare work (target: 95 % or more), model FLOPs utilisation (the parts' floating-point
+operations over what a large matrix product reaches on the same device), and how often each network was called (target:
+no hidden pass).
 """
 
 import argparse
@@ -20,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common import finish, middle, say_machine, seconds
 from dmd import build, pairs
+from dmd.batches import Ahead
 from dmd.config import PRESETS, Config, preset, with_run
 from dmd.distill import Batch, Distiller
 from dmd.losses import squared_distance
@@ -112,6 +114,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("preset", nargs="?", default="digits", choices=list(PRESETS))
     parser.add_argument("--mixed-precision", default="no", choices=["no", "bf16"])
+    parser.add_argument("--serial", action="store_true", help="draw each batch before its step, not in a thread")
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--quick", action="store_true", help="5 runs")
     options = parser.parse_args()
@@ -133,8 +136,10 @@ def main() -> None:
             parts()
         flops = counter.get_total_flops()
 
+        drawn = batches if options.serial else Ahead(batches)
+
         def iteration(step: int) -> None:
-            task.step(step, batches(step))
+            task.step(step, drawn(step))
 
         calls = counted(task, partial(iteration, 0))
         whole, alone = [], []
@@ -152,7 +157,8 @@ def main() -> None:
     print(f"  utilisation      {flops / step / peak:9.3f}   ({flops / 1e9:.2f} GFLOP at {peak / 1e9:.0f} GFLOP/s)")
     print(f"  calls            {calls}")
     finish("step", {"preset": options.preset, "step_ms": step * 1e3, "bare_ms": parts_time * 1e3,
-                    "ratio": parts_time / step, "mfu": flops / step / peak, "calls": calls})  # fmt: skip
+                    "serial": options.serial, "ratio": parts_time / step, "mfu": flops / step / peak,
+                    "calls": calls})  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ class Ema:
         self.decay = decay
         self.shadow = copy.deepcopy(source).float().eval().requires_grad_(False)
         self._buffers = list(self.shadow.buffers())
+        self._followed: tuple[nn.Module | None, list[nn.Parameter]] = (None, [])
 
     @functools.cached_property
     def _weights(self) -> list[Tensor]:
@@ -33,7 +34,8 @@ class Ema:
     def update(self, source: nn.Module, updates: int) -> None:
         """Moves the shadow towards `source`; `updates` counts the updates before this one."""
         decay = min(self.decay, (1 + updates) / (10 + updates))
-        current = [p.float() for p in source.parameters()]
-        torch._foreach_lerp_(self._weights, current, 1.0 - decay)
+        if self._followed[0] is not source:  # found once: a walk over the modules is slow
+            self._followed = (source, list(source.parameters()))
+        torch._foreach_lerp_(self._weights, [p.float() for p in self._followed[1]], 1.0 - decay)
         for s, b in zip(self._buffers, source.buffers(), strict=True):
             s.copy_(b)
