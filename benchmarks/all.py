@@ -14,7 +14,6 @@ takes small networks for them, and then compares nothing with the targets. P5, P
 benchmarks, which run in processes of their own.
 """
 
-import argparse
 import importlib.util
 import json
 import statistics
@@ -28,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import sampling
+from benchmarks import common, sampling
 from benchmarks.common import finish, say_machine
 from dmd.denoiser import NetworkDenoiser, epsilon
 from dmd.metrics.frechet import frechet_distance, moments
@@ -226,7 +225,7 @@ def _clean_fid(*arguments: Any) -> tuple[float | None, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer runs: at most 10 minutes on two quiet cores")
     parser.add_argument("--small", action="store_true", help="small networks for P3 and P4: a smoke test")
     parser.add_argument("--dtype", choices=sampling.DTYPES, help="of P3 and P4; left out, bfloat16 with AMX or a GPU")
@@ -253,7 +252,7 @@ def main() -> None:
     missed = [line.name for line in lines if line.met is False]
     seconds = time.perf_counter() - started
     print(f"{seconds:.0f} s; missed: {', '.join(dict.fromkeys(missed)) or 'none'}")
-    finish("all", {"seconds": seconds, "lines": [asdict(line) | {"met": line.met} for line in lines]})
+    finish("all", {"seconds": seconds, "lines": [asdict(line) | {"met": line.met} for line in lines]}, options.json)
 
 
 def _fast_dtype() -> torch.dtype:

@@ -8,7 +8,6 @@
 3. Floating-point operations of each stage by the preset's sizes, per image and in all.
 """
 
-import argparse
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import common
 from benchmarks.common import finish, middle, say_machine, seconds
 from dmd import build, seeding
 from dmd.batches import Share
@@ -168,7 +168,7 @@ def operations(config: Config) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("preset", nargs="?", default="shapes", choices=list(PRESETS))
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--batch", type=int, default=8, help="of the first measurement")
@@ -194,7 +194,7 @@ def main() -> None:
             f"{name:12} step {1e3 * row['step_seconds']:.0f} ms, bare calls {1e3 * row['bare_seconds']:.0f} ms: "
             f"{row['bare_share']:.3f}"
         )
-    finish("clipgen", results)
+    finish("clipgen", results, options.json)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from benchmarks import common
 from benchmarks.common import finish, say_machine
 from dmd import shards, synthesis
 from dmd.captions import concepts, grammar, store
@@ -151,7 +152,7 @@ def online(steps: int, seconds: float) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("--images", type=int, default=100_000, help="of the memory's measurement")
     parser.add_argument("--rate", type=float, default=95, help="images per second of the generator (SD 1.5 on an H200)")
     parser.add_argument("--seconds", type=float, default=30, help="of the throughput's measurement")
@@ -173,7 +174,7 @@ def main() -> None:
             results[name] = PARTS[name](options, pictures, folder)
             print(f"{name:12}" + ", ".join(f"{k} {v:.4g}" for k, v in results[name].items()), flush=True)
             shutil.rmtree(folder, ignore_errors=True)
-    finish("dataset", results | {"encoders": options.encoders, "free_cores": (os.cpu_count() or 1) - 1})
+    finish("dataset", results | {"encoders": options.encoders, "free_cores": (os.cpu_count() or 1) - 1}, options.json)
 
 
 def _encode(options: argparse.Namespace, pictures: Tensor, folder: Path) -> dict[str, float]:

@@ -8,7 +8,6 @@ little too much. The largest of these is added to the former. Fragmentation, cuD
 to 2 GiB together) come on top. The last line is JSON.
 """
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
+from benchmarks import common
 from benchmarks.common import finish, say_machine
 from benchmarks.sampling import SD_1_5, SMALL, Sizes, networks
 from dmd.teachers.lora import ATTENTION
@@ -143,7 +143,7 @@ def peak(counts: Counts, case: Case) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="small networks")
     options = parser.parse_args()
     say_machine()
@@ -155,7 +155,7 @@ def main() -> None:
     for name, case in CASES.items():
         print(f"{name:56} {at_rest(counts, case) / GIB:8.2f} {peak(counts, case) / GIB:8.2f}")
     results = {name: {"rest": at_rest(counts, case), "peak": peak(counts, case)} for name, case in CASES.items()}
-    finish("memory", {"counts": vars(counts), "cases": results})
+    finish("memory", {"counts": vars(counts), "cases": results}, options.json)
 
 
 if __name__ == "__main__":

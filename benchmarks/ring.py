@@ -7,7 +7,6 @@ exact score (what the student is taught: DDPM's starts from pure noise, though i
 of the untrained student.
 """
 
-import argparse
 import copy
 import math
 import tempfile
@@ -17,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from benchmarks import common
 from benchmarks.common import finish, say_machine
 from dmd import pairs, seeding
 from dmd.batches import DistillBatches, Share
@@ -134,7 +134,7 @@ def distil(name: str, steps: int, batch: int, count: int) -> dict[str, float]:
         list(pairs.make(Path(folder), spec, [0], lambda z, _: heun(real, schedule.start(z), spec.steps, {})))
         pairs.finish(Path(folder), spec)
         store = pairs.Pairs(Path(folder), spec)
-    ode = figures(store[torch.arange(count)][1], real)
+    ode = figures(store[torch.arange(count)][0], real)
     batches = DistillBatches(0, (2,), 1, lambda number: {}, batch, store, batch // 2, Share())
     rate = Cadence(steps, warmup=100, cooldown=steps // 2).rate
     z = seeding.normal(0, Stream.SAMPLE, 0, torch.arange(count), (2,))
@@ -157,7 +157,7 @@ def distil(name: str, steps: int, batch: int, count: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("--schedule", choices=list(FAMILIES), help="one of them; all if left out")
     parser.add_argument("--steps", type=int, default=4500, help="generator updates")
     parser.add_argument("--batch", type=int, default=256, help="noises per update")
@@ -180,7 +180,7 @@ def main() -> None:
             flush=True,
         )
         results[name] = r
-    finish("ring", results)
+    finish("ring", results, options.json)
 
 
 if __name__ == "__main__":

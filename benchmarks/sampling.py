@@ -5,14 +5,15 @@ tokens, noise, text encoder, UNet, decoder, the image on the CPU. Beside it the 
 sees what the sampler adds (target: 2 % at 512 pixels), and each network alone, with its share of the arithmetic that a
 large matrix product reaches. All with the autoencoder's decoder and with a tiny one (the sizes of TAESD).
 
+On a GPU the networks run eagerly (`--modes eager`), compiled (`compile`), and compiled and recorded as CUDA graphs
+(`graphs`: one launch a network, which is what decides at batch 1); the first calls of the last two take minutes.
+
 Left alone it measures networks of the size of Stable Diffusion 1.5 with random weights; a folder of any such pipeline,
 teacher or student, is measured instead with --pipeline (its tiny decoder stays random, so look at no images). Without
 a GPU only two of the teacher's steps are run, unless with --full, and its times are then extrapolated and say so.
 """
 
-import argparse
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -24,9 +25,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.common import finish, middle, say_machine, seconds
-from benchmarks.step import matmul_rate
+from benchmarks import common
+from benchmarks.common import finish, in_turns, matmul_rate, middle, peak_memory, say_machine
 from dmd.codec import KL, Codec, Tiny
+from dmd.data.images import to_uint8
 from dmd.denoiser import Guided, NetworkDenoiser, epsilon
 from dmd.errors import InputError
 from dmd.generate import Generator, images, student_generator, teacher_generator
@@ -38,6 +40,8 @@ from dmd.teachers.stable_diffusion import TextEncoder, TimestepNet
 GUIDANCE = 7.5
 SOME_STEPS = 2
 """Of the teacher, where all would take too long."""
+MODES = {"eager": None, "compile": "default", "graphs": "reduce-overhead"}
+"""Of running networks, and torch.compile's names for them."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -191,6 +195,7 @@ def works(parts: Parts, batch: int, steps: int) -> dict[str, Callable[[], object
             parts.shape,
             unet.device,
             batch,
+            finish=to_uint8,
         )
 
     one, many = student_generator(parts.denoiser), teacher_generator(teacher, ddim, steps)
@@ -224,31 +229,37 @@ class Measured:
         return replace(self, seconds=[a + factor * b for a, b in pairs], flops=self.flops + factor * other.flops)
 
 
+def set_mode(parts: Parts, mode: str) -> None:
+    """Make all networks run in one of `MODES` from now on."""
+    torch.compiler.reset()
+    decoders = [codec.vae.decoder for codec in parts.codecs.values()]
+    for net in (parts.text.network, parts.denoiser.get_submodule("net.unet"), *decoders):
+        net._compiled_call_impl = None
+        if MODES[mode]:
+            net.compile(mode=MODES[mode], dynamic=False)
+
+
 @torch.no_grad()
 def measure(todo: dict[str, Callable[[], object]], runs: int) -> dict[str, Measured]:
-    """Every work `runs` times, in turns, so that a busy moment of the machine meets all."""
-    times: dict[str, list[float]] = {name: [] for name in todo}
-    memory, flops = {}, {}
+    """Every work `runs` times, in turns."""
+    counted, memory = {}, {}
     for name, work in todo.items():
+        with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+            work()
+        counted[name] = counter.get_total_flops()
+        work()  # compiles, where that is asked for
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        with FlopCounterMode(display=False) as counter:
-            work()
-        memory[name], flops[name] = peak_memory(), counter.get_total_flops()
-    for run in range(runs):
-        for name, work in todo.items():
-            times[name] += seconds(work, 1, 0 if run else 1)
-    return {name: Measured(times[name], flops[name], memory[name]) for name in todo}
+        work()
+        memory[name] = peak_memory()
+    times = in_turns({name: partial(marked, work) for name, work in todo.items()}, runs)
+    return {name: Measured(times[name], counted[name], memory[name]) for name in todo}
 
 
-def peak_memory() -> float:
-    """MiB that the device has held at most; without a GPU, the process (its resident set)."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+def marked(work: Callable[[], object]) -> None:
+    """Tells recorded CUDA graphs that the results of the work before are not needed any more."""
+    torch.compiler.cudagraph_mark_step_begin()
+    work()
 
 
 def extrapolated(found: dict[str, Measured], factor: float) -> dict[str, Measured]:
@@ -269,10 +280,10 @@ def figures(found: dict[str, Measured], names: list[str]) -> dict[str, float]:
     return {"speedup, UNet": ratio("guided steps", "UNet")} | speedups | overheads
 
 
-def show(found: dict[str, Measured], ratios: dict[str, float], batch: int, peak: float, note: str) -> None:
+def show(found: dict[str, Measured], ratios: dict[str, float], batch: int, mode: str, peak: float, note: str) -> None:
     """The table of a batch size; `peak` operations per second are what the device can do."""
     memory = "peak MiB" if torch.cuda.is_available() else "peak MiB so far"
-    print(f"\nbatch {batch:<16}{'ms per image':>20}{'of matmul':>11}{memory:>17}")
+    print(f"\n{f'batch {batch}, {mode}':22}{'ms per image':>20}{'of matmul':>11}{memory:>17}", flush=True)
     for name, m in found.items():
         median, spread = (1e3 * t / batch for t in middle(m.seconds))
         share = m.flops / statistics.median(m.seconds) / peak
@@ -284,10 +295,11 @@ def show(found: dict[str, Measured], ratios: dict[str, float], batch: int, peak:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("--pipeline", type=Path, help="a folder in diffusers' layout instead of random weights")
     parser.add_argument("--dtype", choices=DTYPES, help="float16 on a GPU and float32 on a CPU if left out")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1])
+    parser.add_argument("--modes", choices=MODES, nargs="+", default=["eager"], help="how the networks run")
     parser.add_argument("--steps", type=int, default=50, help="of the teacher")
     parser.add_argument("--full", action="store_true", help="run all the teacher's steps also without a GPU")
     parser.add_argument("--runs", type=int, default=10, help="at least 2")
@@ -295,6 +307,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.runs < 2 or options.steps < 1 or min(options.batch_sizes) < 1:
         parser.error("--runs must be at least 2, --steps and --batch-sizes at least 1")
+    if "eager" not in options.modes:
+        options.modes.append("eager")  # operations are counted there
     say_machine()
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -317,21 +331,25 @@ def main() -> None:
 
     run_steps = options.steps if gpu or options.full else min(SOME_STEPS, options.steps)
     note = "" if run_steps == options.steps else f"EXTRAPOLATED from {run_steps} steps to {options.steps}"
-    results = []
-    for batch in options.batch_sizes:
-        found = measure(works(parts, batch, run_steps), 3 if options.quick else options.runs)
-        found = extrapolated(found, options.steps / run_steps)
-        ratios = figures(found, list(parts.codecs))
-        show(found, ratios, batch, peak, note)
-        rows = {}
-        for name, m in found.items():
-            median, spread = (1e3 * t / batch for t in middle(m.seconds))
-            rows[name] = {"ms_per_image": median, "spread_ms": spread, "flops": m.flops, "peak_mib": m.peak_mib}
-        results.append({"batch": batch} | rows | ratios)
+    results: list[dict[str, Any]] = []
+    torch.backends.cudnn.benchmark = True
+    for mode in options.modes:
+        set_mode(parts, mode)
+        for batch in options.batch_sizes:
+            runs = 3 if options.quick else options.runs
+            found = measure(works(parts, batch, run_steps), runs)
+            found = extrapolated(found, options.steps / run_steps)
+            ratios = figures(found, list(parts.codecs))
+            show(found, ratios, batch, mode, peak, note)
+            rows = {}
+            for name, m in found.items():
+                median, spread = (1e3 * t / batch for t in middle(m.seconds))
+                rows[name] = {"ms_per_image": median, "spread_ms": spread, "flops": m.flops, "peak_mib": m.peak_mib}
+            results.append({"batch": batch, "mode": mode} | rows | ratios)
     finish("sampling", {
         "networks": what, "pixels": pixels, "dtype": dtype_name, "matmul_flops_per_second": peak,
         "steps": options.steps, "teacher_steps_run": run_steps, "extrapolated": bool(note), "batches": results,
-    })  # fmt: skip
+    }, options.json)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -5,13 +5,13 @@ images that show their caption, Fréchet distance and CLIP score by CLIP-GEN's o
 has learnt without captions and has not seen some combinations; those captions are measured apart.
 """
 
-import argparse
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks import common
 from benchmarks.common import finish, say_machine
 from dmd import teachers
 from dmd.cli.sample import teacher_of
@@ -35,7 +35,7 @@ def measured(x: Tensor, asked: Asked, whole: model.Model) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("--student", default="runs/shapes/student", help="folder of a student in a finished run")
     parser.add_argument("--clipgen", default="runs/clipgen-shapes", help="a finished run of dmd clipgen")
     parser.add_argument("--samples", type=int, default=512, help="images of each kind of captions")
@@ -78,7 +78,7 @@ def main() -> None:
             f"| {asked_name} | {name} | {row.get('caption_agreement', float('nan')):.1%} | {row['fd_0']:.4f} | "
             f"{row['clip_score']:.1f} | {row['images_per_second']:.3g} |"
         )
-    finish("text_to_image", rows)
+    finish("text_to_image", rows, options.json)
 
 
 if __name__ == "__main__":

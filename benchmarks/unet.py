@@ -4,12 +4,12 @@ Both as the `digits` teacher, with the same widths and attention, the same loss,
 parameters, time of a forward and backward pass (in turns, in one run), and the denoising loss after some training.
 """
 
-import argparse
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks import common
 from benchmarks.common import finish, middle, say_machine, seconds
 from dmd import build
 from dmd.batches import Share, TeachBatches
@@ -49,7 +49,7 @@ class Diffusers(nn.Module):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("--steps", type=int, default=600, help="training steps of each")
     parser.add_argument("--runs", type=int, default=15)
     parser.add_argument("--quick", action="store_true", help="50 training steps, 5 runs")
@@ -106,7 +106,7 @@ def main() -> None:
         loss = sum(losses[name]) / len(losses[name])
         print(f"{name:10}{count:12,}{f'{median * 1e3:.1f} +- {spread * 1e3:.1f}':>20}{loss:24.4f}")
         results[name] = {"parameters": count, "step_ms": median * 1e3, "loss": loss}
-    finish("unet", results)
+    finish("unet", results, options.json)
 
 
 if __name__ == "__main__":

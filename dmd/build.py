@@ -18,7 +18,7 @@ from accelerate.utils import gather_object, parse_flag_from_env
 from torch import Tensor
 
 import dmd
-from dmd import checkpoint, evaluation, log, pairs, sharding, shipped, teachers
+from dmd import checkpoint, evaluation, log, pairs, ranking, sharding, shipped, teachers
 from dmd.batches import DistillBatches, Share, TeachBatches
 from dmd.codec import Codec
 from dmd.config import Config, RunOptions, check
@@ -248,6 +248,8 @@ def teach(config: Config, data: ImageSet, place: Workplace, folder: Path) -> boo
     denoiser = pixel.build(architecture, config.run.seed, place.autocast).to(place.device)
     denoiser.net.to(memory_format=torch.channels_last)
     ema = Ema(denoiser.net, t.teach_ema)
+    if config.memory.compile:
+        denoiser.net.compile(dynamic=False)
     optimizer = adam(denoiser.net, t.teach_lr, (0.9, 0.99), 0.0)
     assert isinstance(denoiser.schedule, Karras)
     batches = TeachBatches(
@@ -378,7 +380,7 @@ def make_images(
     config: Config, codec: Codec, store: pairs.Pairs | None, place: Workplace
 ) -> Callable[[Tensor], Tensor] | None:
     """Decode what is missing of the pairs' images by the regression's codec, shared among processes, and open them:
-    numbers of pairs to images. None if none are asked for."""
+    numbers of pairs to images. None if none are asked for. Decoded once, they are so in float32 whatever the run is."""
     if config.pairs.store_images == "no" or store is None:
         return None
     pack, unpack = STORAGE[config.pairs.store_images]
@@ -418,18 +420,26 @@ def regression_codec(config: Config, codec: Codec, device: torch.device) -> Code
     return codec
 
 
-def regression(config: Config, metric: Distance, codec: Codec) -> Distance:
+def regression(config: Config, metric: Distance, codec: Codec, place: Workplace) -> Distance:
     """The regression distance of a sample and its target: of what they decode to, where the target is not stored as an
-    image already, or of themselves."""
+    image already, or of themselves.
+
+    The decoder runs in the place's precision, as the UNets do: it is the most expensive network of all.
+    """
     if config.distill.regression_on == "latents":
         return metric
+
+    def decode(latents: Tensor) -> Tensor:
+        with torch.autocast(place.device.type, dtype=place.autocast, enabled=place.autocast is not None):
+            return codec.decode(latents)
+
     if config.pairs.store_images != "no":
-        return lambda x, image: metric(codec.decode(x), image)
+        return lambda x, image: metric(decode(x), image)
 
     def distance(x: Tensor, target: Tensor) -> Tensor:
         with torch.no_grad():
-            image = codec.decode(target)
-        return metric(codec.decode(x), image)
+            image = decode(target)
+        return metric(decode(x), image)
 
     return distance
 
@@ -444,7 +454,7 @@ def distiller(config: Config, teacher: Pipeline, place: Workplace, distance: Dis
             sharding.shard(net, switches.blocks(net), place.device)
     if m.compile:
         for net in (student.net, real.net, fake.net):
-            net.compile()
+            net.compile(dynamic=False)  # a run has few shapes of batch, and kernels for one of them are faster
     betas = (d.adam_beta1, d.adam_beta2)
     optimizer = adam_8bit if m.adam_8bit else adam
     return Distiller(
@@ -550,11 +560,24 @@ def judge(
         measures.append((evaluation.class_measure if by_class else evaluation.prompt_measure)(net, measured))
         name, count = net.name, measured.count
     if config.data.prompts == "shapes":
-        scenes = shapes.scenes(config.run.seed, torch.arange(UNSEEN, UNSEEN + config.data.captions))
+        scenes = _scenes(config)
         measures.append(evaluation.caption_measure(scenes))
         asked = [shapes.caption(s) for s in scenes]
     best, repeats = ("eval/fd", 1) if by_class else (None, config.evaluation.repeats)
     return evaluation.Judge(teacher, asked, measures, name, count, place.device, best, repeats, show=place.main)
+
+
+def order_of_images(config: Config, judge: evaluation.Judge, data: ImageSet | None) -> ranking.Ranking:
+    """How good single images are, by what there is: captions that can be read back, a network's features, pixels."""
+    near = ranking.by_pixels()
+    if judge.name and data is not None:
+        near = ranking.by_features(feature_net(config, data).to(judge.device))
+    return ranking.by_caption(_scenes(config), near) if config.data.prompts == "shapes" else near
+
+
+def _scenes(config: Config) -> list[shapes.Scene]:
+    """Of the captions that a student of the world of shapes is judged by; no training has seen them."""
+    return shapes.scenes(config.run.seed, torch.arange(UNSEEN, UNSEEN + config.data.captions))
 
 
 def distill_batches(

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dmd import build, checkpoint, evaluation, teachers
+from dmd import build, checkpoint, evaluation, ranking, teachers
 from dmd.batches import Ahead, DistillBatches
 from dmd.build import Workplace
 from dmd.codec import Codec
@@ -31,6 +31,9 @@ CARD = (
     "fd_ratio", "caption_agreement", "accuracy", "speedup",
 )  # fmt: skip
 """What of the summary goes into a student's card.json."""
+
+EXTREMES = 8
+"""The report shows so many of the best samples, and of the worst."""
 
 INPUTS = "inputs.json"
 """File of a run directory with the checksums of what the run was given."""
@@ -97,7 +100,7 @@ class Chain:
         judge = build.judge(config, teacher, self.data, self.reference, self.prompts, place)
         codec = build.regression_codec(config, teacher.codec, place.device)
         targets = build.make_images(config, codec, store, place)
-        distiller = build.distiller(config, teacher, place, build.regression(config, self.metric, codec))
+        distiller = build.distiller(config, teacher, place, build.regression(config, self.metric, codec, place))
         batches = build.distill_batches(config, teacher, self.prompts, store, place, targets)
         progress = self._distil(distiller, teacher, batches, judge)
         if progress.step < config.distill.max_train_steps:
@@ -203,6 +206,10 @@ class Chain:
         evaluation.save_grid(shown, self.folder / "samples" / "final.png", scale, ("student", "teacher"))
         summary = self._summary(progress, figures, judge)
         checkpoint.write_json(self.folder / "summary.json", summary)
+        order, numbers = build.order_of_images(config, judge, self.data), judge.numbers(len(x_student))
+        asked = [judge.prompts[i] for i in numbers.tolist()]
+        picks = ranking.extremes(order.rank(x_student, x_teacher, numbers), asked, 0, EXTREMES)
+        ranking.save(self.folder / "samples", order, x_student, x_teacher, picks)
         teacher.save(student.denoiser, self.folder / "student", self._made(progress.step) | _card(summary))
         checkpoint.write_json(self.folder / "student" / "card.json", self._facts(summary))
         self._say(f"{self._verdict(figures, judge)}\nreport: {report.write(self.folder)}")

@@ -178,7 +178,7 @@ class MemoryOptions:
     """Spread what is trained over the processes (FSDP2): weights, gradients, optimiser states and average of student
     and fake score. On by itself where accelerate is configured for FSDP."""
     compile: bool = False
-    """Compile the networks with torch.compile: the first steps take minutes, the others less."""
+    """Compile the networks with torch.compile, while teaching too: the first steps take minutes, the others less."""
 
 
 @dataclass(frozen=True)

@@ -179,9 +179,13 @@ class Pairs:
     def __len__(self) -> int:
         return self.spec.count
 
-    def __getitem__(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(z, y, condition numbers) of pairs `index` (B,): float32 (B, C, H, W) twice, int64 (B,)."""
-        return self.spec.noise(index), self.samples(index), self._condition[index]
+    def __getitem__(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """(y, condition numbers) of pairs `index` (B,): float32 (B, C, H, W) and int64 (B,)."""
+        return self.samples(index), self._condition[index]
+
+    def noise(self, index: Tensor) -> Tensor:
+        """Their z, float32 (B, C, H, W), on the device of `index`."""
+        return self.spec.noise(index)
 
     def samples(self, index: Tensor) -> Tensor:
         """y of pairs `index` (B,): float32 (B, C, H, W)."""

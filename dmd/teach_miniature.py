@@ -210,8 +210,9 @@ def _reconstruct(
         found = []
         for index in place.share().split(size, "--autoencoder-batch-size"):
             x = world.images((first + step) * size + index)
+            index = index.to(place.device)
             noise = seeding.normal(options.seed, Stream.LATENT_NOISE, first + step, index, options.network.shape)
-            found.append(ImageBatch(x.to(place.device), noise.to(place.device)))
+            found.append(ImageBatch(x.to(place.device), noise))
         return found
 
     task = Autoencoding(vae, build.adam(vae, lr, BETAS, 0.0), ema, options.kl_weight, jitter, 1.0, clip_and_check)

@@ -123,3 +123,43 @@ def test_the_targets_of_precision_and_distance_are_measured_and_met(monkeypatch)
     monkeypatch.setattr(module, "DIMENSIONS", 48)
     monkeypatch.setattr(module, "SAMPLES", 300)
     assert all(line.met is not False for line in module.frechet())
+
+
+@torch.no_grad()
+def test_stock_diffusers_makes_the_images_that_ours_is_timed_for():
+    """Each pairing of benchmarks.peers does the same work: from the same noise the same images."""
+    from benchmarks.peers import pairings
+    from benchmarks.sampling import SMALL, random_parts
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        parts = random_parts(SMALL, torch.float32, torch.device("cpu"))
+    found = pairings(parts, 2, 3)
+    assert len(found) == 4
+    for name, pairing in found.items():
+        ours = pairing.ours()
+        bound = 2e-3 if name.endswith("Euler") else 1e-4  # its noise levels are of another frame, and rounded there
+        assert pairing.difference() < bound < 0.1 * ours.std(), name
+        assert not torch.allclose(pairing.stock(None), ours, atol=1e-2), "other noise gives other images"
+
+
+def test_a_ratio_is_of_works_that_met_the_same_moment():
+    """A machine that is ten times slower in one round does not change it."""
+    from benchmarks.common import in_turns, ratio
+
+    assert ratio([2.0, 20.0, 2.0, 2.0], [1.0, 10.0, 1.0, 1.0]) == (2.0, 0.0)
+    order = []
+    times = in_turns({name: (lambda name=name: order.append(name)) for name in "ab"}, 4)
+    assert "".join(order) == "ab" + "abbaabba" and [len(t) for t in times.values()] == [4, 4]
+
+
+def test_results_go_to_a_file_with_machine_and_commit(tmp_path, capsys):
+    import json
+
+    from benchmarks.common import finish
+
+    finish("name", {"x": 1.5}, tmp_path / "a" / "name.json")
+    line = json.loads((tmp_path / "a" / "name.json").read_text())
+    assert line == json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (line["benchmark"], line["results"]) == ("name", {"x": 1.5})
+    assert line["machine"]["torch"] == torch.__version__ and line["machine"]["commit"]

@@ -105,6 +105,18 @@ def test_the_student_is_a_stock_pipeline(world):
     assert (ours - pixels(theirs)).abs().max() <= 1
 
 
+def test_the_worst_samples_can_be_made_again(world):
+    """What the report shows as the worst is what sample.py makes of its caption and seed."""
+    worst = json.loads((world / "run" / "samples" / "extremes.json").read_text())["worst"][1]
+    with Image.open(world / "run" / "samples" / "worst.png") as image:
+        shown = pixels(image.crop((65, 0, 65 + 64, 64)))
+    where = ["--seeds", str(worst["seed"]), "--out", str(world / "worst"), "--device", "cpu"]
+    sample.main([worst["prompt"], "--student", str(world / "run" / "student"), *where])
+    (file,) = (world / "worst").glob("000-*.png")
+    with Image.open(file) as image:
+        assert (pixels(image) - shown).abs().max() <= 1
+
+
 def test_a_run_that_was_stopped_makes_the_same_student(world):
     train.main(flags(world, world / "again", "--max-train-steps", "2"))
     assert not equal(weights(world / "run"), weights(world / "again"))

@@ -11,7 +11,7 @@ import tyro
 
 from dmd.cli import flags
 from dmd.cli.sample import find_device, parse_seeds, save_png, slug
-from dmd.cli.train import open_directory
+from dmd.cli.train import accept_directory, open_directory
 from dmd.clipgen.config import (
     PRESETS,
     Config,
@@ -99,12 +99,7 @@ def train(argv: Sequence[str], prog: str) -> None:
 
 def check_directory(folder: Path, config: Config, fresh: bool) -> None:
     """Whether a run can be made or resumed here; writes nothing. Raises InputError if it holds something else."""
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file: give a folder as --output-dir")
-    found = [p.name for p in folder.iterdir() if not p.name.startswith(".tmp-")] if folder.exists() else []
-    if found and not (folder / "config.json").is_file():
-        raise InputError(f"{folder} is not empty and not a run directory: give another --output-dir")
-    if found:
+    if accept_directory(folder):
         old = read(folder / "config.json")
         if not fresh:
             require_same(old, config, str(folder))
@@ -216,7 +211,7 @@ def sample(argv: Sequence[str], prog: str) -> None:
     from dmd.clipgen import images, model
     from dmd.clipgen.chain import make_sampler
     from dmd.data import prompts
-    from dmd.data.images import to_float
+    from dmd.data.images import to_float, to_uint8
     from dmd.evaluation import save_grid
     from dmd.log import progress
 
@@ -245,7 +240,9 @@ def sample(argv: Sequence[str], prog: str) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for image, row, seed in zip(x, rows.tolist(), seeds * len(asked), strict=True):
         name = asked[row] if row < len(o.what) else Path(asked[row]).stem
-        save_png(image, out / f"{row:03d}-{slug(name)}-seed-{seed}.png", {"prompt": asked[row], "seed": str(seed)})
+        save_png(
+            to_uint8(image), out / f"{row:03d}-{slug(name)}-seed-{seed}.png", {"prompt": asked[row], "seed": str(seed)}
+        )
     if o.grid:
         save_grid(list(x.split(len(seeds))), out / "grid.png", max(1, 64 // x.shape[-1]), asked)
     print(f"{len(x)} images in {out}, {rate:.3g} images per second on {device.type}")

@@ -60,6 +60,20 @@ def check_directory(folder: Path, config: Config, fresh: bool) -> None:
         require_same(read(folder / "config.json"), config, str(folder))
 
 
+def accept_directory(folder: Path) -> bool:
+    """Whether a folder holds a run, of whatever command, by its config.json; False if it is empty or not there.
+
+    Raises:
+        InputError: it holds something else.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file: give a folder as --output-dir")
+    found = [p.name for p in folder.iterdir() if not p.name.startswith(".tmp-")] if folder.exists() else []
+    if found and not (folder / "config.json").is_file():
+        raise InputError(f"{folder} is not empty and not a run directory: give another --output-dir")
+    return bool(found)
+
+
 def open_directory(folder: Path, config: Mapping[str, Any], content: Sequence[str], fresh: bool) -> None:
     """Make a run directory, or go on with one that has been accepted (`check_directory`).
 

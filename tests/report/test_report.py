@@ -14,70 +14,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dmd import plots, report
-from dmd.config import preset, to_json
+from dmd.config import preset
 from dmd.data.images import to_uint8
-from dmd.evaluation import save_grid
-
-STEPS, LOG, EVALUATE = 100, 5, 20
-TEACHER = {
-    "fd": 9.64414536682736, "precision": 0.705, "recall": 0.9259877, "density": 0.1, "coverage": 0.028,
-    "brightness": -0.346, "contrast": 0.775, "count": 200.0, "accuracy": 0.715, "diversity": 0.2837, "nfe": 9,
-    "images_per_second": 296.78,
-}  # fmt: skip
-STUDENT = TEACHER | {"fd": 9.961880678456666, "accuracy": 0.945, "nfe": 1, "images_per_second": 2375.484}
-ROWS = ("student", "x0_real", "x0_fake", "teacher")
-
-
-def curves(objective="dmd", steps=STEPS):
-    """Lines of metrics.jsonl."""
-    for step in range(LOG, steps + 1, LOG):
-        line = {"step": step, "grad/student": 0.3 + 1 / step, "seconds": step * 0.3}
-        if objective != "regression":
-            line |= {"loss/matching": 1e-8 * step**3, "loss/fake": 0.6, "grad/fake": 1.2}
-            line |= {"health/normaliser": 0.15, "health/fake_real_gap": 2e-4 * step}
-        if objective != "matching":
-            line |= {"loss/regression": 1 / step, "health/brightness_drift": -0.01, "health/contrast_drift": -0.5}
-        yield line
-        if step % EVALUATE == 0:
-            distance = 13 - step / 25 if step <= 60 else 12.0
-            yield {"step": step, "eval/fd": distance, "eval/accuracy": 0.9, "eval/diversity": 0.2, "eval/count": 200.0}
-
-
-def write_lines(path, lines):
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def picture(path, rows, count, size):
-    images = [torch.rand(count, 1, size, size) * 2 - 1 for _ in rows]
-    save_grid(images, path, max(1, 32 // size), rows)
-    return images
-
-
-def make(folder, objective="dmd"):
-    """A finished run as `dmd.chain` leaves it."""
-    config = to_json(preset("digits"))
-    config["distill"] |= {"objective": objective, "max_train_steps": STEPS}
-    (folder / "student").mkdir(parents=True)
-    for name, content in {
-        "config.json": config,
-        "environment.json": {
-            "dmd": "0.1.0", "commit": None, "torch": "2.6", "processes": 1,
-            "command": ["train_dmd.py", "--max-train-steps", "100"],
-        },
-        "student/config.json": {"size": 8, "classes": [str(i) for i in range(10)]},
-        "summary.json": {
-            "metric": "FD-SmallConvNet", "samples": 200, "reference_images": 1797, "generator_updates": STEPS,
-            "critic_updates": STEPS, "images_seen": 12800, "wall_seconds": 81.3, "distil_seconds": 31.3,
-            "teacher": TEACHER | {"folder": "t"}, "student": STUDENT | {"folder": "s"},
-            "fd_ratio": STUDENT["fd"] / TEACHER["fd"], "speedup": 8.004,
-        },
-    }.items():  # fmt: skip
-        (folder / name).write_text(json.dumps(content))
-    write_lines(folder / "metrics.jsonl", curves(objective))
-    picture(folder / "samples" / "final.png", ("student", "teacher"), 20, 8)
-    for step in range(EVALUATE, STEPS + 1, EVALUATE):
-        picture(folder / "samples" / f"step-{step:08d}.png", ROWS[: 3 if objective == "matching" else 4], 16, 8)
-    return folder
+from dmd.report import figures, pictures
+from dmd.report.files import read
+from dmd.report.page import page
+from dmd.report.repeat import Difference
+from tests.report.runs import EVALUATE, LOG, ROWS, STEPS, STUDENT, TEACHER, curves, extremes, make, picture, write_lines
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +83,7 @@ def see(folder):
     return Seen(report.write(folder).read_text(encoding="utf-8"))
 
 
-ALL = ["samples", "figures", "distance", "losses", "health", "development", "repeat"]
+ALL = ["samples", "figures", "extremes", "distance", "losses", "health", "development", "repeat"]
 
 
 def test_a_finished_run_has_every_section_in_order(folder):
@@ -155,11 +98,11 @@ def test_headline_gives_the_ratios_of_the_summary(folder):
 
 def test_figures_are_those_of_the_summary(folder):
     shown = [values for section, values in see(folder).rows if section == "figures" and values]
-    names = [name for name in report.FIGURES if name in TEACHER]
+    names = [name for name in figures.FIGURES if name in TEACHER]
     assert len(shown) == len(names)
     for name, (teacher, student, *ratio) in zip(names, shown, strict=True):
         assert (teacher, student) == (TEACHER[name], STUDENT[name])
-        assert ratio == [] if name in report.NO_RATIO else ratio == [STUDENT[name] / TEACHER[name]]
+        assert ratio == [] if name in figures.NO_RATIO else ratio == [STUDENT[name] / TEACHER[name]]
 
 
 def test_unknown_figures_are_shown_under_their_own_names(folder):
@@ -168,7 +111,7 @@ def test_unknown_figures_are_shown_under_their_own_names(folder):
     (folder / "summary.json").write_text(json.dumps(summary))
     seen = see(folder)
     assert "clip_score" in seen.text
-    assert [v for section, v in seen.rows if section == "figures"][-1] == [0.5, 0.25, 0.5]
+    assert [v for section, v in seen.rows if section == "figures" and v][-1] == [0.5, 0.25, 0.5]
 
 
 @pytest.mark.parametrize(("samples", "warned"), [(200, True), (9_999, True), (10_000, False)])
@@ -198,7 +141,7 @@ def test_every_line_of_metrics_is_a_point(folder):
 
 
 def test_best_step_and_the_teachers_level_are_marked(folder):
-    chart = report.page(report.read(folder)).distance
+    chart = page(read(folder)).distance
     label, x, y = chart.best
     assert label == "kept: 10.6 at step 60"
     assert x == 60.0
@@ -212,7 +155,7 @@ def test_a_resumed_run_has_no_step_twice_and_the_later_line_counts(folder):
     again = [line for line in curves() if line["step"] > 50]
     with (folder / "metrics.jsonl").open("a") as file:
         file.writelines(json.dumps(line | ({"eval/fd": 1.5} if "eval/fd" in line else {})) + "\n" for line in again)
-    run = report.read(folder)
+    run = read(folder)
     assert [s for s, _ in run.metrics["loss/fake"]] == list(range(LOG, STEPS + 1, LOG))
     assert run.metrics["eval/fd"][-3:] == [(60, 1.5), (80, 1.5), (100, 1.5)]
 
@@ -260,7 +203,7 @@ def test_an_unfinished_run_says_so_and_shows_what_there_is(folder):
     seen = see(folder)
     assert "not finished: it has reached step 60 of 100" in seen.headline
     assert "10.6, at step 60" in seen.headline
-    assert seen.sections == [s for s in ALL if s not in ("samples", "figures")]
+    assert seen.sections == [s for s in ALL if s not in ("samples", "figures")], "and the extremes of an earlier end"
 
 
 def test_one_line_of_metrics_is_enough(folder):
@@ -285,7 +228,7 @@ def test_an_empty_folder(tmp_path):
 
 OPTIONAL = [
     "config.json", "environment.json", "summary.json", "student/config.json", "metrics.jsonl", "samples/final.png",
-    "samples/step-00000020.png",
+    "samples/step-00000020.png", "samples/extremes.json", "samples/best.png",
 ]  # fmt: skip
 RUBBISH = {
     "empty": b"", "bytes": b"\xff\xfe\x00\x89PNG", "list": b"[1, 2]", "null": b"null", "cut": b'{"step": 5, "a": 1',
@@ -300,7 +243,8 @@ RUBBISH = {
 def test_a_damaged_file_costs_its_section_at_most(folder, name, content):
     (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
     cost = {
-        "summary.json": {"figures"}, "metrics.jsonl": {"distance", "losses", "health"}, "samples/final.png": {"samples"}
+        "summary.json": {"figures"}, "metrics.jsonl": {"distance", "losses", "health"},
+        "samples/final.png": {"samples"}, "samples/extremes.json": {"extremes"}, "samples/best.png": {"extremes"},
     }  # fmt: skip
     sections = see(folder).sections
     assert set(ALL) - set(sections) <= cost.get(name, set())
@@ -318,14 +262,14 @@ def test_metrics_cut_short_by_a_kill_keep_their_whole_lines(folder):
 def test_values_that_are_not_finite_leave_a_gap(folder):
     lines = [line | ({"loss/fake": math.nan} if line["step"] == 50 else {}) for line in curves()]
     write_lines(folder / "metrics.jsonl", [line for line in lines if "loss/fake" in line])
-    (curve,) = next(c for c in report.page(report.read(folder)).losses if c.title.startswith("Fake")).curves
+    (curve,) = next(c for c in page(read(folder)).losses if c.title.startswith("Fake")).curves
     assert [len(s.split()) for s in curve.segments] == [9, 10]
 
 
 def test_long_runs_are_drawn_as_means_on_a_band(folder):
     lines = [{"step": k, "loss/fake": 100.0 if k == 7777 else 1.0, "grad/fake": 1.0} for k in range(1, 20_001)]
     write_lines(folder / "metrics.jsonl", lines)
-    (curve,) = report.page(report.read(folder)).losses[0].curves
+    (curve,) = page(read(folder)).losses[0].curves
     assert sum(len(s.split()) for s in curve.segments) <= plots.MAX_POINTS
     heights = [float(p.split(",")[1]) for p in curve.bands[0].split()]
     assert min(heights) == 0.0, "the spike of a single step can be seen"
@@ -377,7 +321,7 @@ def decode(source):
 
 def test_samples_keep_their_pixels_and_their_order(folder):
     student, teacher = picture(folder / "samples" / "final.png", ("student", "teacher"), 20, 8)
-    first, second = report.page(report.read(folder)).comparison
+    first, second = page(read(folder)).comparison
     assert [s.label for s in first.strips] == ["student", "teacher"]
     for panel, start in ((first, 0), (second, 10)):
         for strip, images in zip(panel.strips, (student, teacher), strict=True):
@@ -388,20 +332,56 @@ def test_samples_keep_their_pixels_and_their_order(folder):
                 assert torch.equal(pixels, to_uint8(images[start + i, 0]))
 
 
+def test_the_best_and_the_worst_are_the_files_images_with_what_is_known_of_them(folder):
+    """Each student's image with its teacher's on the right, in the order of extremes.json."""
+    images = extremes(folder)
+    found = page(read(folder))
+    for k, (cards, (student, teacher)) in enumerate(zip((found.best, found.worst), images, strict=True)):
+        assert [c.prompt for c in cards] == ["0", "1", "2", "3"]
+        assert [c.note for c in cards] == [f"seed {10 * k + i}, distance {i}.5" for i in range(4)]
+        for i, card in enumerate(cards):
+            shown = decode(card.strip.source).convert("L")
+            assert shown.size == (17, 8)
+            for left, expected in ((0, student[i]), (9, teacher[i])):
+                pixels = torch.tensor(list(shown.crop((left, 0, left + 8, 8)).tobytes())).view(8, 8)
+                assert torch.equal(pixels, to_uint8(expected[0]))
+    assert "Of 200 samples, ordered by the distance from the teacher’s image." in see(folder).text
+
+
+@pytest.mark.parametrize(
+    ("preset", "student", "teacher", "met"),
+    [
+        ("digits", {"fd": 1.9, "accuracy": 0.98}, {"fd": 1.0}, [True, True]),
+        ("digits", {"fd": 2.1, "accuracy": 0.96}, {"fd": 1.0}, [False, False]),
+        ("cifar10", {"fd": 1.16}, {"fd": 1.0}, [False]),
+        ("shapes", {"caption_agreement": 0.9, "fd": 1.3}, {"caption_agreement": 1.0, "fd": 1.0}, [True, True]),
+        ("sd15", {"images_per_second": 20.0}, {"images_per_second": 1.0}, [False]),
+        ("digits", {"fd": 1.9}, {"fd": 0.0}, []),
+        ("unknown", {"fd": 1.9}, {"fd": 1.0}, []),
+    ],
+)
+def test_figures_are_compared_with_the_targets_of_the_preset(folder, preset, student, teacher, met):
+    config = json.loads((folder / "config.json").read_text()) | {"preset": preset}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "summary.json").write_text(json.dumps({"student": student, "teacher": teacher}))
+    assert [t.met for t in page(read(folder)).targets] == met
+    assert [f" {'met' if m else 'missed'} " in f" {see(folder).text} " for m in set(met)] == [True] * len(set(met))
+
+
 def test_pictures_of_an_unknown_layout_are_shown_whole(folder):
     Image.new("RGB", (100, 50)).save(folder / "samples" / "final.png")
-    (panel,) = report.page(report.read(folder)).comparison
+    (panel,) = page(read(folder)).comparison
     assert panel.columns == 0 and (panel.strips[0].width, panel.strips[0].height) == (100, 50)
 
 
 def test_development_is_first_middle_and_last(folder):
-    assert [p.title for p in report.page(report.read(folder)).development] == [
+    assert [p.title for p in page(read(folder)).development] == [
         "step 20",
         "step 40",
         "step 80",
         "step 100",
     ]
-    assert all([s.label for s in p.strips] == list(ROWS) for p in report.page(report.read(folder)).development)
+    assert all([s.label for s in p.strips] == list(ROWS) for p in page(read(folder)).development)
     assert all(image["alt"] and image["width"] and image["height"] for image in see(folder).images)
 
 
@@ -413,7 +393,7 @@ def test_large_pictures_stay_light(folder):
     for step in (20, 40, 80, 100):
         picture(folder / "samples" / f"step-{step:08d}.png", ROWS, 8, 128)
     seen = see(folder)
-    assert len(seen.images) == 4 + 16 and {int(image["height"]) for image in seen.images} == {report.MAX_TILE}
+    assert len(seen.images) == 2 * 2 + 16 and {int(image["height"]) for image in seen.images} == {pictures.MAX_TILE}
     assert (folder / "report.html").stat().st_size < 2_000_000, "though noise is the worst case"
 
 
@@ -432,7 +412,7 @@ def test_a_report_that_fails_leaves_the_old_one(folder, monkeypatch):
     def fail(page):
         raise RuntimeError
 
-    monkeypatch.setattr(report, "render", fail)
+    monkeypatch.setattr("dmd.report.page.render", fail)
     with pytest.raises(RuntimeError):
         report.write(folder)
     assert (folder / "report.html").read_bytes() == before
@@ -449,16 +429,16 @@ def test_a_report_that_fails_leaves_the_old_one(folder, monkeypatch):
 )
 def test_command_can_be_pasted(folder, argv, processes, command):
     (folder / "environment.json").write_text(json.dumps({"command": argv, "processes": processes}))
-    assert " ".join(report.page(report.read(folder)).command) == command
+    assert " ".join(page(read(folder)).command) == command
 
 
 def test_differences_from_the_preset(folder):
-    page = report.page(report.read(folder))
-    assert (page.preset, page.differences) == (
+    found = page(read(folder))
+    assert (found.preset, found.differences) == (
         "digits",
-        [report.Difference("--max-train-steps", "100", f"{preset('digits').distill.max_train_steps:d}")],
+        [Difference("--max-train-steps", "100", f"{preset('digits').distill.max_train_steps:d}")],
     )
-    assert json.loads(page.config) == json.loads((folder / "config.json").read_text())
+    assert json.loads(found.config) == json.loads((folder / "config.json").read_text())
 
 
 @pytest.mark.parametrize(
@@ -506,58 +486,3 @@ def test_step_axes_end_at_the_last_step(last):
     texts = plots.step_texts(axis)
     assert axis.at(last) == 1 and max(axis.ticks) <= last
     assert len(texts) == len(set(texts)) <= 6
-
-
-CONTRAST = """() => {
-  const rgb = c => c.match(/[\\d.]+/g).map(Number);
-  const linear = v => v <= 10.3 ? v / 3294.6 : ((v / 255 + .055) / 1.055) ** 2.4;
-  const light = c => { const [r, g, b] = rgb(c).map(linear); return .2126 * r + .7152 * g + .0722 * b; };
-  const ratio = (a, b) => { const [x, y] = [light(a), light(b)].sort((p, q) => q - p); return (x + .05) / (y + .05); };
-  const ground = e => { for (; e; e = e.parentElement) { const c = getComputedStyle(e).backgroundColor;
-                        if ((rgb(c)[3] ?? 1) > 0) return c; } return 'rgb(255, 255, 255)'; };
-  const texts = [], walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-  while (walker.nextNode()) if (walker.currentNode.data.trim()) texts.push(walker.currentNode.parentElement);
-  const lines = [...document.querySelectorAll('.curve polyline, .plot .level')];
-  return { ground: light(ground(document.body)),
-           text: Math.min(...texts.map(e => ratio(getComputedStyle(e).color, ground(e)))),
-           line: Math.min(...lines.map(e => ratio(getComputedStyle(e).stroke, ground(document.body)))) };
-}"""
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if program is None:
-        pytest.skip("there is no chromium on the PATH")
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_in_a_browser(browser, folder, scheme):
-    (folder / "environment.json").write_text(json.dumps({"platform": "x" * 300, "command": ["a.py", "--b", "y" * 300]}))
-    path = report.write(folder)
-    page = browser.new_page(color_scheme=scheme)
-    messages, requests = [], []
-    page.on("console", lambda m: messages.append(m.text))
-    page.on("pageerror", lambda e: messages.append(str(e)))
-    page.on("request", lambda r: requests.append(r.url))
-    page.goto(path.as_uri())
-    page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
-    for width in (320, 390, 1280):
-        page.set_viewport_size({"width": width, "height": 800})
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
-        outside = "[...document.querySelectorAll('body *')].filter(e => !e.closest('.scroll > *') && "
-        outside += "(e.getBoundingClientRect().right > innerWidth + .5 || e.getBoundingClientRect().left < -.5))"
-        assert page.evaluate(f"{outside}.map(e => e.outerHTML.slice(0, 200))") == []
-    sizes = page.evaluate("[...document.images].map(i => Math.min(i.naturalWidth, i.naturalHeight, i.clientWidth))")
-    assert len(sizes) == len(Seen(path.read_text(encoding="utf-8")).images) and min(sizes) > 0
-    found = page.evaluate(CONTRAST)
-    assert (found["ground"] > 0.9) if scheme == "light" else (found["ground"] < 0.05)
-    assert found["text"] >= 4.5 and found["line"] >= 3
-    assert messages == []
-    assert [u for u in requests if not u.startswith("data:")] == [path.as_uri()]
-    page.close()
