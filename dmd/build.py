@@ -14,11 +14,11 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, parse_flag_from_env
 from torch import Tensor
 
 import dmd
-from dmd import checkpoint, evaluation, log, pairs, ranking, shipped, teachers
+from dmd import checkpoint, evaluation, log, pairs, ranking, sharding, shipped, teachers
 from dmd.batches import DistillBatches, Share, TeachBatches
 from dmd.codec import Codec
 from dmd.config import Config, RunOptions, check
@@ -166,9 +166,20 @@ def prompts(config: Config, data: ImageSet | None) -> Sequence[str]:
     return prompts.read(o.prompts).texts
 
 
+def is_sharded(config: Config, place: Workplace) -> bool:
+    """Whether the networks that are trained are spread over processes: asked for here, or by accelerate's config."""
+    asked = config.memory.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")
+    return asked and place.accelerator.num_processes > 1
+
+
 def check_shares(config: Config, place: Workplace) -> None:
-    """Raises InputError for a global batch that cannot be shared among the processes."""
-    d = config.distill
+    """Raises InputError for a global batch, or for networks, that cannot be shared among the processes."""
+    d, m = config.distill, config.memory
+    if is_sharded(config, place) and (m.student_lora_rank or m.fake_lora_rank or m.adam_8bit):
+        raise InputError(
+            "FSDP spreads networks that are trained whole, with full optimiser states: leave out --student-lora-rank, "
+            "--fake-lora-rank and --adam-8bit, or FSDP"
+        )
     share = place.share(d.gradient_accumulation_steps)
     if d.objective != "regression":
         share.split(d.batch_size, "--batch-size")
@@ -369,7 +380,7 @@ def make_images(
     config: Config, codec: Codec, store: pairs.Pairs | None, place: Workplace
 ) -> Callable[[Tensor], Tensor] | None:
     """Decode what is missing of the pairs' images by the regression's codec, shared among processes, and open them:
-    numbers of pairs to images. None if none are asked for."""
+    numbers of pairs to images. None if none are asked for. Decoded once, they are so in float32 whatever the run is."""
     if config.pairs.store_images == "no" or store is None:
         return None
     pack, unpack = STORAGE[config.pairs.store_images]
@@ -437,6 +448,10 @@ def distiller(config: Config, teacher: Pipeline, place: Workplace, distance: Dis
     """Student and fake score begin as copies of the teacher, or as adapters on its weights, which three can share."""
     d, m = config.distill, config.memory
     student, real, fake = _networks(config, teacher)
+    ema = Ema(student.net, d.ema)
+    if is_sharded(config, place):
+        for net in (student.net, fake.net, ema.shadow):
+            sharding.shard(net, switches.blocks(net), place.device)
     if m.compile:
         for net in (student.net, real.net, fake.net):
             net.compile(dynamic=False)  # a run has few shapes of batch, and kernels for one of them are faster
@@ -448,7 +463,7 @@ def distiller(config: Config, teacher: Pipeline, place: Workplace, distance: Dis
         fake,
         optimizer(student.net, d.learning_rate, betas, d.weight_decay),
         optimizer(fake.net, d.fake_learning_rate or d.learning_rate, betas, d.weight_decay),
-        Ema(student.net, d.ema),
+        ema,
         distance,
         d.lambda_reg,
         d.max_grad_norm,
@@ -493,6 +508,20 @@ def ema_denoiser(task: Distiller) -> NetworkDenoiser:
     """The student with its averaged weights: what is evaluated and exported."""
     s = task.student
     return NetworkDenoiser(task.ema.shadow, s.schedule, s.prediction, s.autocast).eval()
+
+
+def whole(denoiser: NetworkDenoiser, teacher: Pipeline, place: Workplace) -> NetworkDenoiser:
+    """A denoiser that the main process can use by itself: a copy if it is sharded, which all processes must ask for.
+    The others get what they gave."""
+    state = denoiser.net.state_dict()
+    if not any(sharding.is_sharded(tensor) for tensor in state.values()):
+        return denoiser
+    found = sharding.whole_state(state, keep=place.main)
+    if not place.main:
+        return denoiser
+    alone = copy.deepcopy(teacher.denoiser).float()
+    alone.net.load_state_dict(found)
+    return alone
 
 
 def feature_net(config: Config, data: ImageSet) -> FeatureNet:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dmd import build, checkpoint, evaluation, ranking, teachers
-from dmd.batches import DistillBatches
+from dmd.batches import Ahead, DistillBatches
 from dmd.build import Workplace
 from dmd.codec import Codec
 from dmd.config import Config
@@ -136,13 +136,17 @@ class Chain:
         self, distiller: Distiller, teacher: Pipeline, batches: DistillBatches, judge: evaluation.Judge
     ) -> Progress:
         config, d = self.config, self.config.distill
-        average = build.ema_denoiser(distiller)
+        trained = build.ema_denoiser(distiller)
         student = self.folder / "student"
+        average = trained  # or a copy on the main process, where the networks are sharded
 
         def evaluate(step: int) -> dict[str, float]:
+            nonlocal average
+            average = build.whole(trained, teacher, self.place)
+            fake = build.whole(distiller.fake, teacher, self.place)
             if not self.place.main:
                 return {}
-            self._picture(distiller, average, batches(0).batches[0], teacher.codec, step)
+            self._picture(distiller.real, fake, average, batches(0).batches[0], teacher.codec, step)
             if judge.best is None:
                 teacher.save(average, student, self._made(step))
             if not judge.measures:
@@ -152,7 +156,7 @@ class Chain:
         run = Run(
             self.folder,
             distiller,
-            batches,
+            Ahead(batches),
             Cadence(
                 d.max_train_steps,
                 config.run.log_every,
@@ -171,12 +175,14 @@ class Chain:
         )
         return run.train()
 
-    def _picture(self, distiller: Distiller, student: NetworkDenoiser, batch: Batch, codec: Codec, step: int) -> None:
+    def _picture(
+        self, real: Guided, fake: NetworkDenoiser, student: NetworkDenoiser, batch: Batch, codec: Codec, step: int
+    ) -> None:
         """samples/step-N.png: x, x0_real, x0_fake, y_ref (a row each) from the same noise at every evaluation."""
         z, y = (batch.z_ref, batch.y_ref) if len(batch.z_ref) else (batch.z, batch.z[:0])
         n = min(16, len(z))
         cond = {k: v[-len(z) :][:n] for k, v in batch.cond.items()}
-        rows = evaluation.inspect(student, distiller.real, distiller.fake, z[:n], y[:n], cond, 0.5, z[:n].flip(0))
+        rows = evaluation.inspect(student, real, fake, z[:n], y[:n], cond, 0.5, z[:n].flip(0))
         titles = [t for r, t in zip(rows, ("student", "x0_real", "x0_fake", "teacher"), strict=True) if len(r)]
         with torch.no_grad():
             shown = [codec.decode(r) for r in rows if len(r)]

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,30 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dmd import sharding
 from dmd.errors import InputError
 
 _NAME = re.compile(r"step-(\d{8})")
 _MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class State:
+    """Tensors of a checkpoint, by file and name, and what its optimisers have besides; whole, but not copied."""
+
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    optimizers: Mapping[str, Any]
+
+
+def collect(modules: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer], keep: bool = True) -> State:
+    """What `write` stores of modules and optimisers, by name. With sharded ones all processes must call it; those that
+    do not `keep` it get nothing."""
+    tensors = {name: sharding.whole_state(module.state_dict(), keep) for name, module in modules.items()}
+    scalars = {}
+    for name, optimizer in optimizers.items():
+        flat, scalars[name] = _flatten_optimizer(optimizer)
+        tensors[f"optimizer-{name}"] = sharding.whole_state(flat, keep)
+    return State(tensors, scalars)
 
 
 def save(
@@ -36,12 +57,17 @@ def save(
     extra: Mapping[str, Any],
     keep: int,
 ) -> Path:
+    """`write` what `collect` finds, in a single process."""
+    return write(root, step, collect(modules, optimizers), extra, keep)
+
+
+def write(root: Path, step: int, state: State, extra: Mapping[str, Any], keep: int) -> Path:
     """Write `root/step-NNNNNNNN` and keep the newest `keep` checkpoints.
 
     Args:
         root: folder of all checkpoints of a run; made if missing.
         step: number of finished steps.
-        modules, optimizers: what to store, by name.
+        state: what to store.
         extra: JSON-serialisable facts that `load` returns.
         keep: how many checkpoints to keep, at least 1.
 
@@ -53,13 +79,10 @@ def save(
     remove_leftovers(root)
     temporary.mkdir()
     try:
-        for name, module in modules.items():
-            _write_tensors(temporary / f"{name}.safetensors", module.state_dict())
-        scalars = {}
-        for name, optimizer in optimizers.items():
-            tensors, scalars[name] = _flatten_optimizer(optimizer)
-            _write_tensors(temporary / f"optimizer-{name}.safetensors", tensors)
-        write_json(temporary / "state.json", {"step": step, "optimizers": scalars, "extra": dict(extra)})
+        for name, tensors in state.tensors.items():
+            _write_tensors(temporary / f"{name}.safetensors", tensors)
+        facts = {"step": step, "optimizers": dict(state.optimizers), "extra": dict(extra)}
+        write_json(temporary / "state.json", facts)
         write_json(temporary / _MANIFEST, {"files": {p.name: describe(p) for p in sorted(temporary.iterdir())}})
         if final.exists():
             shutil.rmtree(final)
@@ -141,7 +164,7 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
                 f"{path} belongs to another architecture: tensor {name!r} is {got or 'absent'} there, "
                 f"but this network has {want or 'none'}"
             )
-    module.load_state_dict(tensors)
+    module.load_state_dict({name: sharding.like(tensor, expected[name]) for name, tensor in tensors.items()})
 
 
 def save_weights(module: nn.Module, path: Path) -> None:
@@ -241,5 +264,8 @@ def _match_layout(optimizer: Optimizer) -> None:
     """
     for parameter, entry in optimizer.state.items():
         for name, value in entry.items():
-            like = parameter if value.shape == parameter.shape else value
-            entry[name] = torch.empty_like(like, dtype=value.dtype, device=value.device).copy_(value)
+            if value.shape != parameter.shape:
+                entry[name] = value.clone()
+                continue
+            value = sharding.like(value, parameter)
+            entry[name] = torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)

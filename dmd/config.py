@@ -174,6 +174,9 @@ class MemoryOptions:
     """Keep the optimisers' states in 8 bits (needs CUDA and bitsandbytes)."""
     enable_xformers_memory_efficient_attention: bool = False
     """Use xformers' attention where it is installed; torch's own is as fast or faster."""
+    fsdp: bool = False
+    """Spread what is trained over the processes (FSDP2): weights, gradients, optimiser states and average of student
+    and fake score. On by itself where accelerate is configured for FSDP."""
     compile: bool = False
     """Compile the networks with torch.compile, while teaching too: the first steps take minutes, the others less."""
 
@@ -241,7 +244,7 @@ RESUMABLE = {
     "max_train_steps", "eval_every", "eval_samples", "final_samples", "checkpointing_steps", "checkpoints_total_limit",
     "log_every", "report_to", "cache_dir", "cpu", "output_dir", "download", "lpips_weights", "features", "data",
     "teacher", "prompts", "repeats", "compare_steps", "gradient_checkpointing", "checkpoint_decoder", "compile",
-    "enable_xformers_memory_efficient_attention", "variant",
+    "enable_xformers_memory_efficient_attention", "variant", "fsdp",
 }  # fmt: skip
 """Options that may differ when a run is resumed; files are compared by content instead."""
 

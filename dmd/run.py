@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dmd import checkpoint, log
+from dmd import checkpoint, log, sharding
 from dmd.errors import InputError
 
 
@@ -219,17 +219,11 @@ class Run:
             return
         self._collect(progress)
         extra = {k: v for k, v in asdict(progress).items() if k != "step"}
-        failure = None
-        if self.accelerator.is_main_process:
+        failure, main = None, self.accelerator.is_main_process
+        state = checkpoint.collect(self.task.modules(), self.task.optimizers(), keep=main)
+        if main:
             try:
-                checkpoint.save(
-                    self.checkpoints,
-                    progress.step,
-                    self.task.modules(),
-                    self.task.optimizers(),
-                    extra,
-                    self.cadence.keep,
-                )
+                checkpoint.write(self.checkpoints, progress.step, state, extra, self.cadence.keep)
             except OSError as error:
                 failure = error
         if self._any(failure is not None):
@@ -282,14 +276,15 @@ class _signals:
 
 
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Average gradients over processes, once per update, after accumulation; nothing to do in a single process.
+    """Average gradients over processes, once per update, after accumulation; nothing to do in a single process, nor
+    for sharded ones, which the backward pass has averaged.
 
     One flat all-reduce per 64 MiB: with two networks and several losses this is simpler to reason about than hooks that
     fire inside backward, and it makes 1 and N processes compute the same update.
     """
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return
-    gradients = [p.grad for p in parameters if p.grad is not None]
+    gradients = [p.grad for p in parameters if p.grad is not None and not sharding.is_sharded(p.grad)]
     bucket: list[Tensor] = []
     for i, gradient in enumerate(gradients):
         bucket.append(gradient)
@@ -312,7 +307,7 @@ def clip_and_check(parameters: Sequence[nn.Parameter], max_norm: float, losses: 
         NotFinite: a gradient or loss is NaN or infinite; names which.
     """
     average_gradients(parameters)
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+    norm = sharding.whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True))
     value = norm.item()
     if not math.isfinite(value):
         values = {k: v.item() for k, v in losses.items()}

@@ -26,6 +26,15 @@ def test_average_is_the_scalar_recursion(decay):
         assert float(ema.shadow.bias[2].detach()) == pytest.approx(-expected, rel=1e-5)
 
 
+def test_another_network_may_be_followed_later():
+    """The list of weights that is kept is that of the network that is given."""
+    ema = Ema(constant(1.0), 0.0)
+    a, b = constant(2.0), constant(3.0)
+    for source, value in ((a, 2.0), (b, 3.0), (a, 2.0)):
+        ema.update(source, 100)
+        assert float(ema.shadow.weight[0, 0].detach()) == value
+
+
 def test_average_of_a_constant_is_the_constant():
     ema = Ema(constant(0.1), 0.999)
     for n in range(200):

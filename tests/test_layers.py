@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LAYERS = [
-    {"__init__", "shipped", "errors", "config", "seeding", "ema", "checkpoint", "log", "locks"},  # know no diffusion
+    # know no diffusion
+    {"__init__", "shipped", "errors", "config", "seeding", "ema", "checkpoint", "log", "locks", "sharding"},
     {"noise", "denoiser", "mixture", "run", "chance"},
     {"solvers", "losses", "pairs", "codec", "shards"},
     {"distill", "generate", "batches", "teach", "pipeline", "online"},
@@ -130,7 +131,7 @@ def test_the_mathematics_knows_tensors_only(module):
 
 ALLOWED = {
     "distill": {"denoiser", "losses", "solvers", "ema"},
-    "run": {"checkpoint", "log", "errors"},
+    "run": {"checkpoint", "log", "errors", "sharding"},
     "teachers": {"noise", "denoiser", "solvers", "codec", "checkpoint", "errors", "pipeline", "shipped"},
     "metrics": {"__init__", "data", "checkpoint", "log", "errors", "seeding"},
     "data": {"errors", "seeding", "log", "shards"},

@@ -197,14 +197,14 @@ def test_a_bad_update_names_its_step_and_leaves_the_last_checkpoint(tmp_path, ac
 
 
 def test_a_checkpoint_that_cannot_be_written_is_one_sentence(tmp_path, accelerator, monkeypatch):
-    original = checkpoint.save
+    original = checkpoint.write
 
     def full(root, step, *arguments):
         if step == 6:
             raise OSError(28, "No space left on device")
         return original(root, step, *arguments)
 
-    monkeypatch.setattr(checkpoint, "save", full)
+    monkeypatch.setattr(checkpoint, "write", full)
     with pytest.raises(InputError, match="the checkpoint of step 6 could not be written.*No space left"):
         run(tmp_path, accelerator, Toy(), Cadence(10, checkpoint=3)).train()
     monkeypatch.undo()

@@ -51,6 +51,10 @@ def flags(root, run, *more):
     return ["shapes", *sizes.split(), *where, *more]
 
 
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 def figures(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
@@ -309,6 +313,37 @@ def test_wrong_questions_are_answered_by_a_sentence(world, tmp_path, monkeypatch
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert re.search(sentence, said) and said.count("error:") == 1
     assert not (tmp_path / "out").exists()
+
+
+TEACHERS = {
+    "SDXL": (lambda f: edit(f / "model_index.json", _class_name="StableDiffusionXLPipeline"), r"'StableDiffusionXLPip"),
+    "inpainting": (lambda f: edit(f / "unet" / "config.json", in_channels=9), r"as networks for inpainting have"),
+    "video": (lambda f: edit(f / "model_index.json", _class_name="TextToVideoSDPipeline"), r"'TextToVideoSDPipeline'"),
+    "no index": (lambda f: (f / "model_index.json").unlink(), r"has neither model_index.json"),
+    "interrupted": (
+        lambda f: (f / UNET).rename(f / f"{UNET}.incomplete"), r"\*.incomplete files beside it tell of an interrupted"
+    ),
+    "pickle": (lambda f: (f / UNET).rename(f / "unet" / "diffusion_pytorch_model.bin"), r"is a pickle, which"),
+    "cut": (lambda f: (f / UNET).write_bytes((f / UNET).read_bytes()[:-9]), r"is cut or damaged"),
+    "no prompts": (lambda f: (f.parent / "prompts.txt").write_text("\n\n"), r"prompts.txt"),
+    "NUL in a prompt": (lambda f: (f.parent / "prompts.txt").write_bytes(b"a\0b\n"), r"prompts.txt"),
+}  # fmt: skip
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_what_cannot_be_distilled_is_refused_before_anything_is_written(world, tmp_path, capsys, name):
+    """By the command, in one sentence."""
+    shutil.copytree(world / "teacher", tmp_path / "teacher", ignore=shutil.ignore_patterns("stages"))
+    (tmp_path / "prompts.txt").write_text("a circle\n")
+    spoil, sentence = TEACHERS[name]
+    spoil(tmp_path / "teacher")
+    with pytest.raises(SystemExit) as stop:
+        train.main(flags(tmp_path, tmp_path / "run", "--prompts", str(tmp_path / "prompts.txt")))
+    assert stop.value.code == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.search(sentence, said) and said.startswith("error: ") and str(tmp_path) in said
+    assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
 
 
 def test_prompts_without_a_teacher_for_them_are_refused(world, tmp_path, capsys):

@@ -6,6 +6,7 @@ import torch
 
 from dmd import shipped
 from dmd.codec import Codec
+from dmd.errors import InputError
 from dmd.pipeline import Pipeline
 from dmd.teachers import pixel, stable_diffusion
 
@@ -26,11 +27,16 @@ def load(
             takes this for `autocast`.
 
     Raises:
-        InputError: as `pixel.load` and `stable_diffusion.load`.
+        InputError: as `pixel.load` and `stable_diffusion.load`, and for a folder of neither.
     """
     source = shipped.resolve(source)
     folder = Path(source)
     if folder.is_dir() and not (folder / "model_index.json").is_file():
+        if not (folder / "config.json").is_file():
+            raise InputError(
+                f"{folder} has neither model_index.json, as folders of diffusers' pipelines have, nor the config.json "
+                "of a pixel network: give the folder of a teacher or student"
+            )
         return pixel.load(folder, device, autocast if dtype == torch.float32 else dtype)
     return stable_diffusion.load(source, dtype, device, variant, autocast=autocast)
 

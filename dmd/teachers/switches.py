@@ -31,6 +31,14 @@ def recompute(net: nn.Module, what: str, pinned: Callable[[Function], Function] 
         part.enable_gradient_checkpointing(again)
 
 
+def blocks(net: nn.Module) -> list[nn.Module]:
+    """The large parts of a UNet of diffusers, which are used one after the other; none of other networks."""
+    from diffusers import UNet2DConditionModel
+
+    unets: list[Any] = [part for part in net.modules() if isinstance(part, UNet2DConditionModel)]
+    return [block for unet in unets for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks)]
+
+
 def use_xformers(net: nn.Module, what: str) -> None:
     """Use xformers' attention where it is installed and can run; else torch's own stays, with a warning.
 

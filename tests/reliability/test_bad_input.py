@@ -98,7 +98,10 @@ class Payload:
 
 TEACHERS = {
     "missing folder": (shutil.rmtree, r"teacher is no folder, and no id on the hub"),
-    "no config": (lambda f: (f / "config.json").unlink(), r"config.json does not exist: give the folder of a teacher"),
+    "no config": (
+        lambda f: (f / "config.json").unlink(),
+        r"has neither model_index.json, .* nor the config.json of a pixel",
+    ),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), r"model.safetensors does not exist"),
     "unknown key": (lambda f: rewrite(f, wdith=8), r"config.json has the unknown key 'wdith': known are .*width"),
     "missing key": (lambda f: rewrite(f, width="absent"), r"config.json is incomplete: .*'width'"),
