@@ -250,16 +250,17 @@ def measure(
     """
     counted, memory = dict(flops or {}), {}
     for name, work in todo.items():
-        if name not in counted:
+        if name in counted:
+            work()  # compiles, and is no part of what is measured
+        else:
             with FlopCounterMode(display=False) as counter:
                 work()
             counted[name] = counter.get_total_flops()
-        work()  # compiles, where that is asked for
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        work()
+            work()
         memory[name] = peak_memory()
-    times = in_turns({name: partial(marked, work) for name, work in todo.items()}, runs)
+    times = in_turns({name: partial(marked, work) for name, work in todo.items()}, runs, warm_up=0)
     return {name: Measured(times[name], counted[name], memory[name]) for name in todo}
 
 

@@ -226,9 +226,7 @@ def test_cut_and_damaged_shards_are_named(tmp_path):
         refused(path, "is not a whole .tar file")
     path.write_bytes(whole[:first] + b"\1" + whole[first + 1 :])
     refused(path, "byte 1536 begins no member")
-    path.write_bytes(
-        whole[: 2 * first]
-    )  # without the mark of the end: seven captions are lost, and nothing else says so
+    path.write_bytes(whole[: 2 * first])  # no mark of the end: seven captions are lost, and nothing else says so
     refused(path, "is not a whole .tar file")
 
 
