@@ -105,6 +105,24 @@ def middle(times: list[float]) -> tuple[float, float]:
     return median, (high - low) / 2
 
 
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations per second of a large matrix product."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    median, _ = middle(seconds(lambda: a @ b, 7))
+    return 2 * n**3 / median
+
+
+def peak_memory() -> float:
+    """MiB that the device has held at most; without a GPU, the process (its resident set)."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
 def ratio(a: list[float], b: list[float]) -> tuple[float, float]:
     """Of two works that were timed in turns: the median of a / b over the turns, and half of their quartiles' range."""
     return middle([x / y for x, y in zip(a, b, strict=True)])

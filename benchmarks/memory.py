@@ -34,11 +34,13 @@ class Case:
         lora_rank: of the fake score's adapters; 0 is a second network.
         checkpointing: of UNets and decoder.
         adam: bytes of its states a parameter.
+        student_rank: of the student's adapters; 0 is a whole network.
     """
 
     lora_rank: int
     checkpointing: bool
     adam: float
+    student_rank: int = 0
 
 
 CASES = {
@@ -47,6 +49,7 @@ CASES = {
     "two networks, checkpointing, 8-bit Adam": Case(0, True, ADAM_8BIT),
     "LoRA fake score, checkpointing": Case(64, True, ADAM),
     "LoRA fake score, checkpointing, 8-bit Adam (sd15-24gb)": Case(64, True, ADAM_8BIT),
+    "LoRA student and fake score, checkpointing": Case(64, True, ADAM, 64),
 }
 
 
@@ -127,9 +130,9 @@ def adapters_of_rank_1(net: nn.Module) -> int:
 
 def at_rest(counts: Counts, case: Case) -> float:
     """Bytes that lie in memory all the time: student with gradients, states and average; fake score; frozen parts."""
-    fake = counts.unet if case.lora_rank == 0 else case.lora_rank * counts.adapters
-    trained = (counts.unet + fake) * (2 * FLOAT + case.adam)
-    average, real = counts.unet * FLOAT, counts.unet * HALF
+    student, fake = (rank * counts.adapters or counts.unet for rank in (case.student_rank, case.lora_rank))
+    trained = (student + fake) * (2 * FLOAT + case.adam)
+    average, real = student * FLOAT, counts.unet * HALF
     return trained + average + real + (counts.vae + counts.text) * FLOAT + counts.vgg * FLOAT
 
 

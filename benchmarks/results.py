@@ -176,8 +176,19 @@ def peers(measured: Measured) -> str:
 def step(measured: Measured) -> str:
     r = measured.results
     calls = ", ".join(f"{name} {count}" for name, count in r["calls"].items())
-    facts = [r["preset"], f"{r['step_ms']:.4g}", f"{r['bare_ms']:.4g}", f"{r['ratio']:.3f}", f"{r['mfu']:.3f}", calls]
-    return rows(["Preset", "iteration, ms", "bare calls, ms", "bare / iteration", "utilisation", "calls"], [facts])
+    memory = f"{r['peak_mib'] / 1024:.2f}" if "peak_mib" in r else "–"
+    facts = [
+        r["preset"],
+        f"{r['step_ms']:.4g}",
+        f"{r['bare_ms']:.4g}",
+        f"{r['ratio']:.3f}",
+        f"{r['mfu']:.3f}",
+        memory,
+        calls,
+    ]
+    return rows(
+        ["Preset", "iteration, ms", "bare calls, ms", "bare / iteration", "utilisation", "GiB", "calls"], [facts]
+    )
 
 
 def dataset(measured: Measured) -> str:
@@ -218,6 +229,19 @@ def quality_plots(measured: Measured) -> dict[str, str]:
     return {file: chart(name, result) for file, (name, result) in named.items() if result["curve"]}
 
 
+def representation(measured: Measured) -> str:
+    r = measured.results
+    names = list(dict.fromkeys(name for row in r["arms"].values() for name in row))
+    body = [
+        [arm, *(f"{row[n]['mean']:.4f} ± {row[n]['std']:.4f}" if n in row else "–" for n in names)]
+        for arm, row in r["arms"].items()
+    ]
+    text = f"Experiment {r['experiment']}, {r['world']}: {r['train_images']:,} training images, seeds "
+    text += ", ".join(map(str, r["seeds"])) + " (mean ± standard deviation)."
+    said = [f"{t['what']}: {t['value']:.2f}, {'met' if t['met'] else '**missed**'}" for t in r["targets"]]
+    return "\n\n".join([text, rows(["", *names], body), *said])
+
+
 SECTIONS = {
     "all": Section("Targets P1 to P8", "Each beside its bound.", targets),
     "sampling": Section(
@@ -245,6 +269,9 @@ SECTIONS = {
         "and what a distance alone does not show.",
         quality,
         quality_plots,
+    ),
+    "representation": Section(
+        "Representation", "Probes of backbones that learnt from synthetic and from real images.", representation
     ),
     "dataset": Section("Data set", "From a generator to shards; rates are images per second.", dataset),
 }

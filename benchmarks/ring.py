@@ -134,7 +134,7 @@ def distil(name: str, steps: int, batch: int, count: int) -> dict[str, float]:
         list(pairs.make(Path(folder), spec, [0], lambda z, _: heun(real, schedule.start(z), spec.steps, {})))
         pairs.finish(Path(folder), spec)
         store = pairs.Pairs(Path(folder), spec)
-    ode = figures(store[torch.arange(count)][1], real)
+    ode = figures(store[torch.arange(count)][0], real)
     batches = DistillBatches(0, (2,), 1, lambda number: {}, batch, store, batch // 2, Share())
     rate = Cadence(steps, warmup=100, cooldown=steps // 2).rate
     z = seeding.normal(0, Stream.SAMPLE, 0, torch.arange(count), (2,))

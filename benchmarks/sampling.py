@@ -14,7 +14,6 @@ a GPU only two of the teacher's steps are run, unless with --full, and its times
 """
 
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -27,8 +26,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import common
-from benchmarks.common import finish, in_turns, middle, say_machine
-from benchmarks.step import matmul_rate
+from benchmarks.common import finish, in_turns, matmul_rate, middle, peak_memory, say_machine
 from dmd.codec import KL, Codec, Tiny
 from dmd.denoiser import Guided, NetworkDenoiser, epsilon
 from dmd.errors import InputError
@@ -240,27 +238,19 @@ def set_mode(parts: Parts, mode: str) -> None:
 
 
 @torch.no_grad()
-def measure(
-    todo: dict[str, Callable[[], object]], runs: int, flops: dict[str, float] | None = None
-) -> dict[str, Measured]:
-    """Every work `runs` times, in turns.
-
-    Args:
-        flops: operations of each work, if they are known; they can be counted of eager networks only.
-    """
-    counted, memory = dict(flops or {}), {}
+def measure(todo: dict[str, Callable[[], object]], runs: int) -> dict[str, Measured]:
+    """Every work `runs` times, in turns."""
+    counted, memory = {}, {}
     for name, work in todo.items():
-        if name in counted:
-            work()  # compiles, and is no part of what is measured
-        else:
-            with FlopCounterMode(display=False) as counter:
-                work()
-            counted[name] = counter.get_total_flops()
+        with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+            work()
+        counted[name] = counter.get_total_flops()
+    times = in_turns({name: partial(marked, work) for name, work in todo.items()}, runs)  # the first call compiles
+    for name, work in todo.items():
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-            work()
+            marked(work)
         memory[name] = peak_memory()
-    times = in_turns({name: partial(marked, work) for name, work in todo.items()}, runs, warm_up=0)
     return {name: Measured(times[name], counted[name], memory[name]) for name in todo}
 
 
@@ -268,16 +258,6 @@ def marked(work: Callable[[], object]) -> None:
     """Tells recorded CUDA graphs that the results of the work before are not needed any more."""
     torch.compiler.cudagraph_mark_step_begin()
     work()
-
-
-def peak_memory() -> float:
-    """MiB that the device has held at most; without a GPU, the process (its resident set)."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def extrapolated(found: dict[str, Measured], factor: float) -> dict[str, Measured]:
@@ -301,7 +281,7 @@ def figures(found: dict[str, Measured], names: list[str]) -> dict[str, float]:
 def show(found: dict[str, Measured], ratios: dict[str, float], batch: int, mode: str, peak: float, note: str) -> None:
     """The table of a batch size; `peak` operations per second are what the device can do."""
     memory = "peak MiB" if torch.cuda.is_available() else "peak MiB so far"
-    print(f"\n{f'batch {batch}, {mode}':22}{'ms per image':>20}{'of matmul':>11}{memory:>17}")
+    print(f"\n{f'batch {batch}, {mode}':22}{'ms per image':>20}{'of matmul':>11}{memory:>17}", flush=True)
     for name, m in found.items():
         median, spread = (1e3 * t / batch for t in middle(m.seconds))
         share = m.flops / statistics.median(m.seconds) / peak
@@ -325,8 +305,6 @@ def main() -> None:
     options = parser.parse_args()
     if options.runs < 2 or options.steps < 1 or min(options.batch_sizes) < 1:
         parser.error("--runs must be at least 2, --steps and --batch-sizes at least 1")
-    if "eager" not in options.modes:
-        options.modes.append("eager")  # operations are counted there
     say_machine()
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -350,14 +328,12 @@ def main() -> None:
     run_steps = options.steps if gpu or options.full else min(SOME_STEPS, options.steps)
     note = "" if run_steps == options.steps else f"EXTRAPOLATED from {run_steps} steps to {options.steps}"
     results: list[dict[str, Any]] = []
-    operations: dict[int, dict[str, float]] = {}
-    for mode in sorted(options.modes, key=list(MODES).index):
+    torch.backends.cudnn.benchmark = True
+    for mode in options.modes:
         set_mode(parts, mode)
         for batch in options.batch_sizes:
             runs = 3 if options.quick else options.runs
-            found = measure(works(parts, batch, run_steps), runs, operations.get(batch))
-            if mode == "eager":
-                operations[batch] = {name: m.flops for name, m in found.items()}
+            found = measure(works(parts, batch, run_steps), runs)
             found = extrapolated(found, options.steps / run_steps)
             ratios = figures(found, list(parts.codecs))
             show(found, ratios, batch, mode, peak, note)

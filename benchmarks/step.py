@@ -1,43 +1,49 @@
-"""One DMD iteration against its bare parts: `python -m benchmarks.step [PRESET] [--quick]`.
+"""One DMD iteration against its bare parts: `python -m benchmarks.step [PRESET] [--flags of train_dmd.py] [--quick]`.
 
 The parts are the network calls that the method cannot do without: the student's forward and backward on noises and
-pairs, the real and the fake score's forward, the fake score's forward and backward; for text to image the text
-encoder's forward besides. The iteration also draws its batch,
-diffuses, computes the losses, clips and checks gradients, updates two networks and an average. Printed: how much of it
-is bare work (target: 95 % or more), model FLOPs utilisation (the parts' floating-point operations over what a large
-matrix product reaches on the same device), and how often each network was called (target: no hidden pass).
+pairs, through the regression's distance; the real and the fake score's forward; the fake score's forward and backward;
+for text to image the text encoder's forward besides. The iteration also draws its batch, diffuses, computes the losses,
+clips and checks gradients, updates two networks and an average. Printed: how much of it is bare work (target: 95 % or
+more), model FLOPs utilisation (the parts' floating-point operations over what a large matrix product reaches on the
+same device), how often each network was called (target: no hidden pass), and the memory held at most.
+
+--random measures at the size of Stable Diffusion 1.5 with random weights, LPIPS's VGG included, in the place of what
+`sd15` reads. --batch-size and --pair-batch-size are what the process does in one iteration, so give what a GPU holds.
 """
 
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import common
-from benchmarks.common import finish, middle, say_machine, seconds
+from benchmarks import common, sampling
+from benchmarks.common import finish, matmul_rate, middle, peak_memory, say_machine, seconds
 from dmd import build, pairs
-from dmd.config import PRESETS, Config, preset, with_run
-from dmd.distill import Batch, Distiller
-from dmd.losses import squared_distance
+from dmd.cli import flags
+from dmd.config import Config
+from dmd.denoiser import NetworkDenoiser
+from dmd.distill import Batch, Distance, Distiller
+from dmd.errors import InputError
+from dmd.noise import DDPM
 from dmd.pipeline import Pipeline
 from dmd.solvers import one_step
-from dmd.teachers import pixel
+from dmd.teachers import layout, pixel
 from dmd.teachers.stable_diffusion import StableDiffusion
 
 CLASSES = tuple(str(i) for i in range(10))
 
 
-def distiller(config: Config, place: build.Workplace) -> tuple[Distiller, Pipeline]:
-    """A preset's distiller around its given teacher, or a pixel network of random weights."""
+def given(config: Config, place: build.Workplace) -> Pipeline:
+    """A preset's given teacher, or a pixel network of random weights."""
     t, d = config.teacher, config.data
     if t.teacher is not None:
-        given = build.load_teacher(config, None, place, t.teacher)
-        given.denoiser.net.to(memory_format=torch.channels_last)
-        return build.distiller(config, given, place, squared_distance), given
+        return build.load_teacher(config, None, place, t.teacher)
     architecture = pixel.PixelConfig(
         CLASSES, d.channels, d.size, t.width, t.multipliers, t.blocks, t.attention, t.sigma_data
     )
@@ -45,9 +51,40 @@ def distiller(config: Config, place: build.Workplace) -> tuple[Distiller, Pipeli
     with torch.no_grad():  # fresh networks end in zeros
         for parameter in teacher.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.02)
-    teacher.net.to(memory_format=torch.channels_last)
-    pipeline = pixel.Pixel(teacher, architecture)
-    return build.distiller(config, pipeline, place, squared_distance), pipeline
+    return pixel.Pixel(teacher, architecture)
+
+
+def random_pipeline(place: build.Workplace) -> Pipeline:
+    """Stable Diffusion 1.5 with random weights, and frozen."""
+    parts = sampling.random_parts(sampling.SD_1_5, torch.float32, place.device)
+    net, codec = parts.denoiser.net.requires_grad_(False), parts.codecs["full"]
+    codec.vae.requires_grad_(False)
+    parts.text.network.requires_grad_(False)
+    denoiser = NetworkDenoiser(net, DDPM(), parts.denoiser.prediction, place.autocast)
+    side = sampling.SD_1_5.side
+    settings = layout.Settings(DDPM(), parts.denoiser.prediction, (4, side, side), "AutoencoderKL")
+    return StableDiffusion(denoiser, parts.text, codec, settings, Path("random"), "random")
+
+
+def distance(config: Config, pipeline: Pipeline, place: build.Workplace, random: bool) -> Distance:
+    """The config's regression distance, with a random trunk of LPIPS if there is no other."""
+    codec = build.regression_codec(config, pipeline.codec, place.device)
+    if not random or config.distill.lpips_weights is not None or config.distill.regression != "lpips-vgg":
+        return build.regression(config, build.metric(config, place.device), codec, place)
+    from torchvision.models import vgg16
+
+    with tempfile.TemporaryDirectory() as folder:
+        trunk = Path(folder) / "vgg.safetensors"
+        save_file({k: v for k, v in vgg16(weights=None).state_dict().items() if k.startswith("features")}, trunk)
+        config = replace(config, distill=replace(config.distill, lpips_weights=str(trunk)))
+        return build.regression(config, build.metric(config, place.device), codec, place)
+
+
+def operations(parts: Callable[[], object]) -> float:
+    """Floating-point operations of the bare calls, recomputed ones included."""
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+        parts()
+    return counter.get_total_flops()
 
 
 def text_calls(pipeline: Pipeline, asked: Sequence[str]) -> Callable[[], object]:
@@ -62,21 +99,31 @@ def text_calls(pipeline: Pipeline, asked: Sequence[str]) -> Callable[[], object]
     return torch.no_grad()(lambda: text.network(ids))
 
 
-def bare(task: Distiller, batch: Batch, encode: Callable[[], object]) -> Callable[[], None]:
+def bare(task: Distiller, batches: Sequence[Batch], encode: Callable[[], object]) -> Callable[[], None]:
     """The network calls of one iteration, one after the other."""
-    z, cond = torch.cat((batch.z, batch.z_ref)), batch.cond
-    cond_x = {k: v[: len(batch.t)] for k, v in cond.items()}
-    x_t = task.student.schedule.diffuse(batch.z, batch.noise, batch.t)
+    work = []
+    for b in batches:
+        start = torch.cat((b.z, b.z_ref))
+        x_t = task.student.schedule.diffuse(start[: len(b.t)], b.noise, b.t)
+        work.append((b, start, x_t, {k: v[: len(b.t)] for k, v in b.cond.items()}))
+    matched = [(x_t, b.t, cond) for b, _, x_t, cond in work if len(b.t)]
 
     def calls() -> None:
         encode()
         task.student.zero_grad()
-        one_step(task.student, z, cond).square().mean().backward()
+        for b, start, _, _ in work:
+            x = one_step(task.student, start, b.cond)
+            loss = x[: len(b.t)].square().sum()
+            if len(b.z_ref):
+                loss = loss + task.distance(x[len(b.z) :], b.y_ref).mean()
+            loss.backward()
         with torch.no_grad():
-            task.real(x_t, batch.t, cond_x)
-            task.fake(x_t, batch.t, cond_x)
+            for call in matched:
+                task.real(*call)
+                task.fake(*call)
         task.fake.zero_grad()
-        task.fake(x_t, batch.t, cond_x).square().mean().backward()
+        for call in matched:
+            task.fake(*call).square().mean().backward()
 
     return calls
 
@@ -100,59 +147,63 @@ def counted(task: Distiller, step: Callable[[], object]) -> dict[str, int]:
     return dict(calls)
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations per second of a large matrix product."""
-    n = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    median, _ = middle(seconds(lambda: a @ b, 7))
-    return 2 * n**3 / median
-
-
 def main() -> None:
     parser = common.parser(__doc__)
-    parser.add_argument("preset", nargs="?", default="digits", choices=list(PRESETS))
-    parser.add_argument("--mixed-precision", default="no", choices=["no", "bf16"])
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--quick", action="store_true", help="5 runs")
-    options = parser.parse_args()
+    parser.add_argument("--random", action="store_true", help="the size of Stable Diffusion 1.5, random weights")
+    options, rest = parser.parse_known_args()
     runs = 5 if options.quick else options.runs
+    try:
+        config = flags.parse(rest, "python -m benchmarks.step", "", default="digits").config
+    except InputError as error:
+        parser.error(str(error))
     say_machine()
 
-    config = with_run(preset(options.preset), mixed_precision=options.mixed_precision)
     place = build.workplace(config)
-    task, pipeline = distiller(config, place)
-    asked = CLASSES if config.data.prompts is None else build.prompts(config, None)
+    pipeline = random_pipeline(place) if options.random else given(config, place)
+    pipeline.denoiser.net.to(memory_format=torch.channels_last)
+    task = build.distiller(config, pipeline, place, distance(config, pipeline, place, options.random))
+    asked = CLASSES
+    if options.random:
+        asked = tuple(f"a photograph, number {i}" for i in range(1000))
+    elif config.data.prompts is not None:
+        asked = tuple(build.prompts(config, None))
     spec = pairs.PairSpec("random", "heun", 1, 1.0, 0, len(asked), "any", pipeline.shape, 512, 512)
     with tempfile.TemporaryDirectory() as folder:
         list(pairs.make(Path(folder), spec, [0], lambda z, _: z))
         pairs.finish(Path(folder), spec)
         batches = build.distill_batches(config, pipeline, asked, pairs.Pairs(Path(folder), spec), place)
         rows = config.distill.batch_size + config.distill.pair_batch_size
-        parts = bare(task, batches(0).batches[0], text_calls(pipeline, asked[:rows]))
-        with FlopCounterMode(display=False) as counter:
-            parts()
-        flops = counter.get_total_flops()
+        parts = bare(task, batches(0).batches, text_calls(pipeline, asked[:rows]))
 
         def iteration(step: int) -> None:
             task.step(step, batches(step))
 
-        calls = counted(task, partial(iteration, 0))
+        calls = counted(task, partial(iteration, 0))  # compiles, too, where that is asked for
+        flops = operations(parts)
+        if place.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         whole, alone = [], []
         for i in range(runs):  # in turns, so that a busy moment of the machine meets both
             whole += seconds(partial(iteration, i), 1, 2 if i == 0 else 0)
             alone += seconds(parts, 1, 2 if i == 0 else 0)
+    memory = peak_memory()
     step, step_spread = middle(whole)
     parts_time, parts_spread = middle(alone)
     peak = matmul_rate(place.device, place.autocast or torch.float32)
 
-    print(f"{options.preset}: {config.distill.batch_size} noises + {config.distill.pair_batch_size} pairs a step")
+    print(f"{config.preset}: {config.distill.batch_size} noises + {config.distill.pair_batch_size} pairs a step")
     print(f"  iteration        {step * 1e3:9.1f} +- {step_spread * 1e3:.1f} ms")
     print(f"  its bare calls   {parts_time * 1e3:9.1f} +- {parts_spread * 1e3:.1f} ms")
     print(f"  bare / iteration {parts_time / step:9.3f}   (target 0.95)")
     print(f"  utilisation      {flops / step / peak:9.3f}   ({flops / 1e9:.2f} GFLOP at {peak / 1e9:.0f} GFLOP/s)")
+    print(f"  memory           {memory:9.0f} MiB at most")
     print(f"  calls            {calls}")
-    finish("step", {"preset": options.preset, "step_ms": step * 1e3, "bare_ms": parts_time * 1e3,
-                    "ratio": parts_time / step, "mfu": flops / step / peak, "calls": calls}, options.json)  # fmt: skip
+    finish("step", {
+        "preset": config.preset, "flags": rest, "step_ms": step * 1e3, "bare_ms": parts_time * 1e3,
+        "ratio": parts_time / step, "mfu": flops / step / peak, "peak_mib": memory, "calls": calls,
+    }, options.json)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ COMMANDS = {
     "synthesize": ("dmd.cli.synthesize", "main", "captions to a data set of images"),
     "export": ("dmd.cli.export", "main", "a student for diffusers, ComfyUI and A1111"),
     "clipgen": ("dmd.cli.clipgen", "main", "text to image learnt from images without captions"),
+    "represent": ("dmd.cli.represent", "main", "a backbone learnt from captioned or generated images"),
+    "probe": ("dmd.cli.probe", "main", "what frozen features are good for: kNN, linear probes, pictures"),
     "evaluate": ("dmd.cli.evaluate", "main", "figures of networks and images against a reference"),
     "report": ("dmd.cli.parts", "report", "write report.html of a run again"),
 }

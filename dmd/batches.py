@@ -60,6 +60,7 @@ class DistillBatches:
         pair_accumulation: micro-batches of the pairs, apart from those of the noises, as regression on decoded images
             needs several times their memory; None puts a part of both into each.
         crop: regression compares a square of this height and width, at a random place in each step; None all.
+        targets: numbers of pairs to what regression compares with, where that is not the pairs' samples.
     """
 
     seed: int
@@ -76,6 +77,7 @@ class DistillBatches:
     guidance_t_range: tuple[float, float] | None = None
     pair_accumulation: int | None = None
     crop: int | None = None
+    targets: Callable[[Tensor], Tensor] | None = None
 
     def __call__(self, step: int) -> Iteration:
         own = self.share.split(self.batch_size, "batch size")
@@ -102,23 +104,26 @@ class DistillBatches:
             low, high = self.guidance_t_range
             t_guidance = low + (high - low) * seeding.uniform(self.seed, Stream.GUIDANCE_TIME, step, matched)
         z, number = z[: len(index)], seeding.as_integers(label[: len(index)], self.count)
-        z_ref, y_ref = z[:0], z[:0]
+        z_ref, y_ref, target = z[:0], z[:0], None
         if self.pairs is not None and len(pair_index):
             chosen = seeding.integers(self.seed, Stream.PAIR_CHOICE, step, pair_index, len(self.pairs))
-            z_ref, y_ref, number_ref = self.pairs[chosen]
+            y_ref, number_ref = self.pairs[chosen]
+            z_ref = self.pairs.noise(self._to(chosen))
             number = torch.cat((number, number_ref))
+            target = None if self.targets is None else self._to(self.targets(chosen))
         low, high = self.t_range
         return Batch(
-            z=self._to(z),
-            z_ref=self._to(z_ref),
+            z=z,
+            z_ref=z_ref,
             y_ref=self._to(y_ref),
             cond=self._cond(number),
             t=self._to(low + (high - low) * seeding.as_uniform(t)),
-            noise=self._to(noise),
+            noise=noise,
             critic_t=self._to(seeding.as_uniform(critic_t)),
-            critic_noise=self._to(critic_noise),
+            critic_noise=critic_noise,
             t_guidance=None if t_guidance is None else self._to(t_guidance),
             window=self._window(step),
+            target=target,
         )
 
     def _window(self, step: int) -> tuple[Any, ...]:
@@ -134,14 +139,15 @@ class DistillBatches:
         index = index + 2 * k * (self.batch_size + self.pair_batch_size)
         z, noise = self._normal((Stream.START, Stream.CRITIC_NOISE), step, index)
         return CriticBatch(
-            z=self._to(z),
+            z=z,
             cond=self._cond(seeding.integers(self.seed, Stream.LABEL, step, index, self.count)),
             t=self._to(seeding.uniform(self.seed, Stream.CRITIC_TIME, step, index)),
-            noise=self._to(noise),
+            noise=noise,
         )
 
     def _normal(self, stream: Streams, step: int, index: Tensor) -> Tensor:
-        return seeding.normal(self.seed, stream, step, index, self.shape)
+        """Drawn on the device: millions of numbers a step would keep a GPU waiting for the CPU."""
+        return seeding.normal(self.seed, stream, step, self._to(index), self.shape)
 
     def _cond(self, number: Tensor) -> Cond:
         return {k: v.to(self.share.device, non_blocking=True) for k, v in self.conditions(number).items()}
@@ -198,5 +204,5 @@ class TeachBatches:
             x0.to(device, non_blocking=True),
             {k: v.to(device, non_blocking=True) for k, v in cond.items()},
             self.times(seeding.uniform(self.seed, Stream.TEACH_TIME, step, index)).to(device, non_blocking=True),
-            seeding.normal(self.seed, Stream.TEACH_NOISE, step, index, x0.shape[1:]).to(device, non_blocking=True),
+            seeding.normal(self.seed, Stream.TEACH_NOISE, step, index.to(device, non_blocking=True), x0.shape[1:]),
         )

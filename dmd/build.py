@@ -23,7 +23,7 @@ from dmd.batches import DistillBatches, Share, TeachBatches
 from dmd.codec import Codec
 from dmd.config import Config, RunOptions, check
 from dmd.data import shapes
-from dmd.data.images import ImageSet
+from dmd.data.images import ImageSet, to_float, to_uint8
 from dmd.denoiser import Guided, NetworkDenoiser
 from dmd.distill import Distance, Distiller
 from dmd.ema import Ema
@@ -237,6 +237,8 @@ def teach(config: Config, data: ImageSet, place: Workplace, folder: Path) -> boo
     denoiser = pixel.build(architecture, config.run.seed, place.autocast).to(place.device)
     denoiser.net.to(memory_format=torch.channels_last)
     ema = Ema(denoiser.net, t.teach_ema)
+    if config.memory.compile:
+        denoiser.net.compile(dynamic=False)
     optimizer = adam(denoiser.net, t.teach_lr, (0.9, 0.99), 0.0)
     assert isinstance(denoiser.schedule, Karras)
     batches = TeachBatches(
@@ -274,7 +276,7 @@ def teach(config: Config, data: ImageSet, place: Workplace, folder: Path) -> boo
 
 def load_teacher(config: Config, data: ImageSet | None, place: Workplace, source: str | Path) -> Pipeline:
     """The teacher, frozen. Raises InputError if it is not for this data."""
-    found = teachers.load(source, place.device, place.autocast)
+    found = teachers.load(source, place.device, place.autocast, config.teacher.variant)
     found.denoiser.requires_grad_(False)
     if config.data.prompts is None:
         assert data is not None  # by `check`
@@ -340,10 +342,7 @@ def make_pairs(
             for count in pairs.make(folder, spec, shards, sample):
                 bar.update(count)
 
-    absent = place.together(lambda: pairs.missing(folder, spec))
-    if absent:
-        place.together(lambda: make(absent[place.accelerator.process_index :: place.accelerator.num_processes]))
-        place.first(lambda: pairs.finish(folder, spec))
+    _share(place, folder, spec, make)
     return place.together(lambda: pairs.Pairs(folder, spec))
 
 
@@ -359,46 +358,88 @@ def metric(config: Config, device: torch.device) -> Distance:
     return lpips_distance(backbone, weights, config.distill.lpips_size, device)
 
 
-def regression(config: Config, metric: Distance, codec: Codec, device: torch.device) -> Distance:
-    """The regression distance of two samples: of what they decode to, or of themselves."""
+STORAGE: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "uint8": (to_uint8, to_float),
+    "fp16": (Tensor.half, Tensor.float),
+}
+"""Images in [-1, 1] to what is stored of them, and back, by the option's value."""
+
+
+def make_images(
+    config: Config, codec: Codec, store: pairs.Pairs | None, place: Workplace
+) -> Callable[[Tensor], Tensor] | None:
+    """Decode what is missing of the pairs' images by the regression's codec, shared among processes, and open them:
+    numbers of pairs to images. None if none are asked for."""
+    if config.pairs.store_images == "no" or store is None:
+        return None
+    pack, unpack = STORAGE[config.pairs.store_images]
+    spec = pairs.ImageSpec(store.spec, codec.digest(), config.pairs.store_images)
+    folder = pair_folder(config, store.spec) / f"images-{short_hash(asdict(spec))}"
+
+    @torch.no_grad()
+    def decode(latents: Tensor) -> Tensor:
+        return torch.cat([codec.decode(x.to(place.device)).cpu() for x in latents.split(8)])
+
+    def make(shards: list[int]) -> None:
+        with log.progress(sum(len(spec.indices(i)) for i in shards), 0, "images", place.main, "img") as bar:
+            for count in pairs.make_images(folder, spec, shards, store, decode, pack):
+                bar.update(count)
+
+    _share(place, folder, spec, make)
+    stored = place.together(lambda: pairs.Images(folder, spec))
+    return lambda index: unpack(stored[index])
+
+
+def _share(place: Workplace, folder: Path, spec: pairs.Spec, make: Callable[[list[int]], None]) -> None:
+    """Make the shards that a folder lacks, shared among processes."""
+    absent = place.together(lambda: pairs.missing(folder, spec))
+    if absent:
+        place.together(lambda: make(absent[place.accelerator.process_index :: place.accelerator.num_processes]))
+        place.first(lambda: pairs.finish(folder, spec))
+
+
+def regression_codec(config: Config, codec: Codec, device: torch.device) -> Codec:
+    """What decodes for the regression on images: the teacher's own codec, or a tiny one."""
     if config.distill.regression_on == "latents":
-        return metric
+        return codec
     if config.distill.regression_decoder != "full":
         codec = teachers.tiny_codec(config.distill.regression_decoder, device)
     if config.memory.checkpoint_decoder:
         codec.recompute()
+    return codec
+
+
+def regression(config: Config, metric: Distance, codec: Codec, place: Workplace) -> Distance:
+    """The regression distance of a sample and its target: of what they decode to, where the target is not stored as an
+    image already, or of themselves.
+
+    The decoder runs in the place's precision, as the UNets do: it is the most expensive network of all.
+    """
+    if config.distill.regression_on == "latents":
+        return metric
+
+    def decode(latents: Tensor) -> Tensor:
+        with torch.autocast(place.device.type, dtype=place.autocast, enabled=place.autocast is not None):
+            return codec.decode(latents)
+
+    if config.pairs.store_images != "no":
+        return lambda x, image: metric(decode(x), image)
 
     def distance(x: Tensor, target: Tensor) -> Tensor:
         with torch.no_grad():
-            image = codec.decode(target)
-        return metric(codec.decode(x), image)
+            image = decode(target)
+        return metric(decode(x), image)
 
     return distance
 
 
 def distiller(config: Config, teacher: Pipeline, place: Workplace, distance: Distance) -> Distiller:
-    """Student and fake score begin as copies of the teacher; or the fake score shares the teacher's weights, with
-    adapters of its own."""
+    """Student and fake score begin as copies of the teacher, or as adapters on its weights, which three can share."""
     d, m = config.distill, config.memory
-    student = copy.deepcopy(teacher.denoiser).requires_grad_(True)
-    real, fake = teacher.denoiser, copy.deepcopy(teacher.denoiser) if m.fake_lora_rank == 0 else teacher.denoiser
-    fake.requires_grad_(m.fake_lora_rank == 0)
-    for net, what in ((student.net, "student"), (fake.net, "fake score")):
-        if m.gradient_checkpointing:
-            switches.recompute(net, what)
-        if m.enable_xformers_memory_efficient_attention:
-            switches.use_xformers(net, what)
-    if m.real_in_bf16:
-        teacher.denoiser.net.to(torch.bfloat16)
-    if m.fake_lora_rank:
-        adapted = lora.AdaptedNet(teacher.denoiser.net, m.fake_lora_rank, config.run.seed % 2**32)
-        real, fake = (
-            NetworkDenoiser(net, real.schedule, real.prediction, place.autocast)
-            for net in (lora.BareNet(adapted), adapted)
-        )
+    student, real, fake = _networks(config, teacher)
     if m.compile:
         for net in (student.net, real.net, fake.net):
-            net.compile()
+            net.compile(dynamic=False)  # a run has few shapes of batch, and kernels for one of them are faster
     betas = (d.adam_beta1, d.adam_beta2)
     optimizer = adam_8bit if m.adam_8bit else adam
     return Distiller(
@@ -413,6 +454,39 @@ def distiller(config: Config, teacher: Pipeline, place: Workplace, distance: Dis
         d.max_grad_norm,
         clip_and_check,
     )
+
+
+def _networks(config: Config, teacher: Pipeline) -> tuple[NetworkDenoiser, NetworkDenoiser, NetworkDenoiser]:
+    """Student, real and fake score."""
+    m, real = config.memory, teacher.denoiser
+    ranks = (m.student_lora_rank, m.fake_lora_rank)
+    copies = [copy.deepcopy(real).requires_grad_(True) if rank == 0 else None for rank in ranks]
+    if m.real_in_bf16:
+        real.net.to(torch.bfloat16)
+    for denoiser, what in zip(copies, ("student", "fake score"), strict=True):
+        if denoiser is not None:
+            _switch(config, denoiser.net, what)
+    if not any(ranks):
+        student, fake = (c for c in copies if c is not None)
+        return student, real, fake
+    shared = lora.SharedNet(real.net)
+    _switch(config, shared.net, "shared network", shared.pinned)
+
+    def on_shared(net: torch.nn.Module) -> NetworkDenoiser:
+        return NetworkDenoiser(net, real.schedule, real.prediction, real.autocast)
+
+    student, fake = (
+        on_shared(lora.AdaptedNet(shared, rank, (config.run.seed + i) % 2**32)) if found is None else found
+        for i, rank, found in zip((1, 0), ranks, copies, strict=True)
+    )
+    return student, on_shared(lora.BareNet(shared)), fake
+
+
+def _switch(config: Config, net: torch.nn.Module, what: str, *pinned: Any) -> None:
+    if config.memory.gradient_checkpointing:
+        switches.recompute(net, what, *pinned)
+    if config.memory.enable_xformers_memory_efficient_attention:
+        switches.use_xformers(net, what)
 
 
 def ema_denoiser(task: Distiller) -> NetworkDenoiser:
@@ -478,8 +552,9 @@ def _scenes(config: Config) -> list[shapes.Scene]:
 
 
 def distill_batches(
-    config: Config, teacher: Pipeline, asked: Sequence[str], store: pairs.Pairs | None, place: Workplace
-) -> DistillBatches:
+    config: Config, teacher: Pipeline, asked: Sequence[str], store: pairs.Pairs | None, place: Workplace,
+    targets: Callable[[Tensor], Tensor] | None = None,
+) -> DistillBatches:  # fmt: skip
     d = config.distill
     return DistillBatches(
         config.run.seed,
@@ -496,6 +571,7 @@ def distill_batches(
         None if d.guidance_t_min is None or d.guidance_t_max is None else (d.guidance_t_min, d.guidance_t_max),
         d.pair_accumulation_steps,
         _crop(config, teacher.shape),
+        targets,
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from dmd import build, checkpoint, evaluation, ranking, teachers
+from dmd.batches import DistillBatches
 from dmd.build import Workplace
 from dmd.codec import Codec
 from dmd.config import Config
@@ -97,9 +98,11 @@ class Chain:
         place.first(lambda: checkpoint.write_json(self.folder / INPUTS, self.inputs))
         store = self._pairs(teacher)
         judge = build.judge(config, teacher, self.data, self.reference, self.prompts, place)
-        distance = build.regression(config, self.metric, teacher.codec, place.device)
-        distiller = build.distiller(config, teacher, place, distance)
-        progress = self._distil(distiller, teacher, store, judge)
+        codec = build.regression_codec(config, teacher.codec, place.device)
+        targets = build.make_images(config, codec, store, place)
+        distiller = build.distiller(config, teacher, place, build.regression(config, self.metric, codec, place))
+        batches = build.distill_batches(config, teacher, self.prompts, store, place, targets)
+        progress = self._distil(distiller, teacher, batches, judge)
         if progress.step < config.distill.max_train_steps:
             return self._say(f"stopped after step {progress.step}; the same command goes on")
         if place.main:
@@ -130,10 +133,9 @@ class Chain:
         return build.make_pairs(self.config, teacher, self.prompts, spec, self.place, folder)
 
     def _distil(
-        self, distiller: Distiller, teacher: Pipeline, store: Pairs | None, judge: evaluation.Judge
+        self, distiller: Distiller, teacher: Pipeline, batches: DistillBatches, judge: evaluation.Judge
     ) -> Progress:
         config, d = self.config, self.config.distill
-        batches = build.distill_batches(config, teacher, self.prompts, store, self.place)
         average = build.ema_denoiser(distiller)
         student = self.folder / "student"
 

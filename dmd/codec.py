@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from dmd import checkpoint
+
 
 class Codec(Protocol):
     """Pixels to latents and back."""
@@ -21,6 +23,9 @@ class Codec(Protocol):
     def recompute(self) -> None:
         """Keep little of `decode` for a backward pass and compute the rest again: the same gradients, less memory."""
 
+    def digest(self) -> str:
+        """Names what determines images: weights and scaling."""
+
 
 class Identity:
     """Latents are the pixels themselves."""
@@ -33,6 +38,9 @@ class Identity:
 
     def recompute(self) -> None:
         """There is nothing to keep."""
+
+    def digest(self) -> str:
+        return "identity"
 
 
 class KL:
@@ -59,6 +67,9 @@ class KL:
     def recompute(self) -> None:
         self.vae.enable_gradient_checkpointing()
 
+    def digest(self) -> str:
+        return f"{checkpoint.digest(self.vae)} / {self.scale!r} + {self.shift!r}"
+
 
 class Tiny:
     """A distilled autoencoder (madebyollin/taesd): its latents are already those of the denoiser, up to a scale.
@@ -81,3 +92,6 @@ class Tiny:
 
     def recompute(self) -> None:
         self.vae.enable_gradient_checkpointing()
+
+    def digest(self) -> str:
+        return f"{checkpoint.digest(self.vae)} / {self.scale!r}"

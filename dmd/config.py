@@ -43,6 +43,9 @@ class TeacherOptions:
     """Folder of a teacher: a pixel network (config.json, model.safetensors) or a Stable Diffusion pipeline
     (model_index.json), or its id on the hub. Left out, a pixel network is taught here, once,
     and cached."""
+    variant: str | None = None
+    """Which of a Stable Diffusion teacher's weights are read where there are several: "fp16" for files named
+    *.fp16.safetensors."""
     width: int = 24
     """Channels of the UNet's first resolution."""
     multipliers: tuple[int, ...] = (1, 2)
@@ -84,6 +87,9 @@ class PairOptions:
     """Guidance scale of pairs and real score: uncond + s (cond - uncond), so 1 means conditional only."""
     pair_shard_size: int = 1000
     """Pairs per file."""
+    store_images: Literal["no", "uint8", "fp16"] = "no"
+    """Store the decoded images of the pairs, too, so that the regression on images need not decode its targets: as
+    bytes, which cuts them to what pixels can show, or as they are in half precision."""
 
 
 @dataclass(frozen=True)
@@ -161,12 +167,15 @@ class MemoryOptions:
     fake_lora_rank: int = 0
     """Train adapters of this rank on the frozen teacher as the fake score, instead of a second network; 0 is a second
     network."""
+    student_lora_rank: int = 0
+    """Train adapters of this rank on the frozen teacher as the student, too; 0 trains a whole network. The student is
+    written whole and, beside it, as adapters alone."""
     adam_8bit: bool = False
     """Keep the optimisers' states in 8 bits (needs CUDA and bitsandbytes)."""
     enable_xformers_memory_efficient_attention: bool = False
     """Use xformers' attention where it is installed; torch's own is as fast or faster."""
     compile: bool = False
-    """Compile the networks with torch.compile: the first steps take minutes, the others less."""
+    """Compile the networks with torch.compile, while teaching too: the first steps take minutes, the others less."""
 
 
 @dataclass(frozen=True)
@@ -232,7 +241,7 @@ RESUMABLE = {
     "max_train_steps", "eval_every", "eval_samples", "final_samples", "checkpointing_steps", "checkpoints_total_limit",
     "log_every", "report_to", "cache_dir", "cpu", "output_dir", "download", "lpips_weights", "features", "data",
     "teacher", "prompts", "repeats", "compare_steps", "gradient_checkpointing", "checkpoint_decoder", "compile",
-    "enable_xformers_memory_efficient_attention",
+    "enable_xformers_memory_efficient_attention", "variant",
 }  # fmt: skip
 """Options that may differ when a run is resumed; files are compared by content instead."""
 
@@ -262,7 +271,7 @@ def check(config: Config) -> None:
     not_negative = {
         "--teach-steps": config.teacher.teach_steps, "--lr-warmup-steps": d.lr_warmup_steps,
         "--lr-cooldown-steps": d.lr_cooldown_steps, "--weight-decay": d.weight_decay, "--lambda-reg": d.lambda_reg,
-        "--fake-lora-rank": config.memory.fake_lora_rank,
+        "--fake-lora-rank": config.memory.fake_lora_rank, "--student-lora-rank": config.memory.student_lora_rank,
         "--eval-every": e.eval_every, "--checkpointing-steps": r.checkpointing_steps,
     }  # fmt: skip
     for flag, value in not_negative.items():
@@ -301,6 +310,17 @@ def check(config: Config) -> None:
             raise InputError(f"--guidance-t-min {low} and --guidance-t-max {high}: they must rise within 0 and 1")
         if config.pairs.guidance == 1.0:
             raise InputError("--guidance-t-min needs --guidance other than 1: without guidance there is no such part")
+    ranks = (config.memory.student_lora_rank, config.memory.fake_lora_rank)
+    if any(ranks) and not given:
+        raise InputError(
+            f"--student-lora-rank is {ranks[0]} and --fake-lora-rank {ranks[1]}: adapters are for Stable Diffusion, so "
+            "give its folder or id as --teacher"
+        )
+    if config.pairs.store_images != "no" and (d.regression_on == "latents" or d.regression_crop is not None):
+        raise InputError(
+            f"--store-images {config.pairs.store_images} is for the regression on whole decoded images: leave it out "
+            "with --regression-on latents or --regression-crop"
+        )
     if not 0 <= r.seed < 2**64:
         raise InputError(f"--seed is {r.seed}: it must be at least 0 and below 2**64")
     if config.data.channels not in (1, 3):

@@ -37,6 +37,7 @@ class Batch:
     Shapes: z (B, ...), z_ref and y_ref (R, ...), cond rows B + R; noise, critic_noise (M, ...), t, critic_t (M,).
     t_guidance (M,) are times of the real score's guidance, where it has others than the rest of the gradient. `window`
     is the part of samples and targets, an index of (R, ...), that regression compares: all of them if left out.
+    `target` (R, ...) is what the distance takes in place of y_ref, where that is something else: decoded images.
     """
 
     z: Tensor
@@ -49,6 +50,7 @@ class Batch:
     critic_noise: Tensor
     t_guidance: Tensor | None = None
     window: tuple[Any, ...] = (...,)
+    target: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,8 @@ class Distiller:
         return samples, figures
 
     def _regression(self, x_ref: Tensor, batch: Batch) -> Tensor:
-        return self.distance(x_ref[batch.window], batch.y_ref[batch.window]).mean()
+        target = batch.y_ref[batch.window] if batch.target is None else batch.target
+        return self.distance(x_ref[batch.window], target).mean()
 
     @torch.no_grad()
     def _match(self, x: Tensor, batch: Batch, cond: Cond) -> tuple[Tensor, dict[str, Tensor]]:

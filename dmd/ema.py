@@ -6,6 +6,16 @@ import torch
 from torch import Tensor, nn
 
 
+@torch.no_grad()
+def follow(shadow: nn.Module, source: nn.Module, decay: float) -> None:
+    """Move float32 `shadow` towards `source`, of the same architecture: decay * shadow + (1 - decay) * source. Buffers
+    are copied."""
+    weights: list[Tensor] = list(shadow.parameters())
+    torch._foreach_lerp_(weights, [p.float() for p in source.parameters()], 1.0 - decay)
+    for s, b in zip(shadow.buffers(), source.buffers(), strict=True):
+        s.copy_(b)
+
+
 class Ema:
     """Follows `source`: shadow = decay * shadow + (1 - decay) * source after each update.
 
@@ -21,14 +31,7 @@ class Ema:
             raise ValueError(f"EMA decay is {decay}: it must be at least 0 and below 1")
         self.decay = decay
         self.shadow = copy.deepcopy(source).float().eval().requires_grad_(False)
-        self._weights: list[Tensor] = list(self.shadow.parameters())
-        self._buffers = list(self.shadow.buffers())
 
-    @torch.no_grad()
     def update(self, source: nn.Module, updates: int) -> None:
         """Moves the shadow towards `source`; `updates` counts the updates before this one."""
-        decay = min(self.decay, (1 + updates) / (10 + updates))
-        current = [p.float() for p in source.parameters()]
-        torch._foreach_lerp_(self._weights, current, 1.0 - decay)
-        for s, b in zip(self._buffers, source.buffers(), strict=True):
-            s.copy_(b)
+        follow(self.shadow, source, min(self.decay, (1 + updates) / (10 + updates)))

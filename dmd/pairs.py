@@ -7,12 +7,16 @@ holds its size and SHA-256; a shard without a valid sidecar does not count and i
     pairs/manifest.json            what the pairs are: teacher, sampler, steps, guidance, seed, shapes, shard table
     pairs/00000.safetensors        condition (N,) int64, image (N, C, H, W) float16
     pairs/00000.json               size and sha256 of that file
+
+Where pairs are latents, the images that they decode to can be kept in a folder of the same form (`ImageSpec`), so that
+training need not decode them again and again.
 """
 
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -66,15 +70,40 @@ class PairSpec:
         return -(-self.count // self.shard_size)
 
 
+@dataclass(frozen=True)
+class ImageSpec:
+    """What determines the stored images of pairs.
+
+    Attributes:
+        pairs: of which.
+        decoder: SHA-256 of what makes images of them.
+        storage: how they are stored.
+    """
+
+    pairs: PairSpec
+    decoder: str
+    storage: str
+
+    def indices(self, shard: int) -> Tensor:
+        """Global indices of a shard's pairs."""
+        return self.pairs.indices(shard)
+
+    @property
+    def shards(self) -> int:
+        return self.pairs.shards
+
+
+Spec = PairSpec | ImageSpec
+
 Sample = Callable[[Tensor, Tensor], Tensor]
 """(unit noise (B, C, H, W), condition numbers (B,)) to the teacher's images in [-1, 1]."""
 
 
-def missing(folder: Path, spec: PairSpec) -> list[int]:
+def missing(folder: Path, spec: Spec) -> list[int]:
     """Shards that are absent, truncated or altered.
 
     Raises:
-        InputError: the folder holds pairs of another spec.
+        InputError: the folder holds what another spec determines.
     """
     manifest = folder / "manifest.json"
     if manifest.exists():
@@ -87,22 +116,48 @@ def make(folder: Path, spec: PairSpec, shards: list[int], sample: Sample) -> Ite
 
     Processes can share the work by taking different shards. `finish` writes the manifest once all are there.
     """
+
+    def tensors(index: Tensor) -> dict[str, Tensor]:
+        condition = spec.condition(index)
+        return {"condition": condition, "image": sample(spec.noise(index), condition).to("cpu", torch.float16)}
+
+    yield from _make(folder, spec, shards, tensors)
+
+
+def make_images(
+    folder: Path, spec: ImageSpec, shards: list[int], store: "Pairs",
+    decode: Callable[[Tensor], Tensor], pack: Callable[[Tensor], Tensor],
+) -> Iterator[int]:  # fmt: skip
+    """As `make`, of images: `decode` makes them of the samples of pairs, and `pack` what is stored of them."""
+
+    def tensors(index: Tensor) -> dict[str, Tensor]:
+        image = decode(store.samples(index))
+        _require_finite(image)  # before bytes hide it
+        return {"image": pack(image)}
+
+    yield from _make(folder, spec, shards, tensors)
+
+
+def _make(folder: Path, spec: Spec, shards: list[int], tensors: Callable[[Tensor], dict[str, Tensor]]) -> Iterator[int]:
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "manifest.json").exists():
         checkpoint.write_json(folder / "manifest.json", {"spec": _plain(spec), "shards": {}})
     for shard in shards:
         index = spec.indices(shard)
-        condition = spec.condition(index)
-        image = sample(spec.noise(index), condition).to("cpu", torch.float16)
-        if not bool(torch.isfinite(image).all()):
-            raise ArithmeticError(f"the teacher's images of pair shard {shard} are not finite")
+        found = tensors(index)
+        _require_finite(found["image"], f" of pair shard {shard}")
         path = folder / f"{shard:05d}.safetensors"
-        checkpoint.save_tensors({"condition": condition, "image": image}, path)
+        checkpoint.save_tensors(found, path)
         checkpoint.write_json(path.with_suffix(".json"), checkpoint.describe(path))
         yield len(index)
 
 
-def finish(folder: Path, spec: PairSpec) -> None:
+def _require_finite(image: Tensor, where: str = "") -> None:
+    if not bool(torch.isfinite(image).all()):
+        raise ArithmeticError(f"the teacher's images{where} are not finite")
+
+
+def finish(folder: Path, spec: Spec) -> None:
     """Write the manifest with the table of all shards."""
     table = {f"{i:05d}.safetensors": _sidecar(folder, i) for i in range(spec.shards)}
     checkpoint.write_json(folder / "manifest.json", {"spec": _plain(spec), "shards": table})
@@ -116,24 +171,52 @@ class Pairs:
     """
 
     def __init__(self, folder: Path, spec: PairSpec):
-        absent = missing(folder, spec)
-        if absent:
-            raise InputError(
-                f"{folder} lacks {len(absent)} of {spec.shards} pair shards, first {absent[0]:05d}: make them"
-            )
+        shards = _open(folder, spec)
         self.spec = spec
-        shards = [load_file(folder / f"{i:05d}.safetensors") for i in range(spec.shards)]
         self._images = [shard["image"] for shard in shards]
         self._condition = torch.cat([shard["condition"] for shard in shards])
 
     def __len__(self) -> int:
         return self.spec.count
 
-    def __getitem__(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(z, y, condition numbers) of pairs `index` (B,): float32 (B, C, H, W) twice, int64 (B,)."""
-        size = self.spec.shard_size
-        y = torch.stack([self._images[i // size][i % size] for i in index.tolist()]).float()
-        return self.spec.noise(index), y, self._condition[index]
+    def __getitem__(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """(y, condition numbers) of pairs `index` (B,): float32 (B, C, H, W) and int64 (B,)."""
+        return self.samples(index), self._condition[index]
+
+    def noise(self, index: Tensor) -> Tensor:
+        """Their z, float32 (B, C, H, W), on the device of `index`."""
+        return self.spec.noise(index)
+
+    def samples(self, index: Tensor) -> Tensor:
+        """y of pairs `index` (B,): float32 (B, C, H, W)."""
+        return _rows(self._images, self.spec.shard_size, index).float()
+
+
+class Images:
+    """Read access to the complete images of pairs, as `Pairs`.
+
+    Raises:
+        InputError: a shard is missing, truncated or altered.
+    """
+
+    def __init__(self, folder: Path, spec: ImageSpec):
+        self.spec = spec
+        self._images = [shard["image"] for shard in _open(folder, spec)]
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        """Images (B, C, H, W) of pairs `index` (B,), in the dtype that is stored."""
+        return _rows(self._images, self.spec.pairs.shard_size, index)
+
+
+def _open(folder: Path, spec: Spec) -> list[dict[str, Tensor]]:
+    absent = missing(folder, spec)
+    if absent:
+        raise InputError(f"{folder} lacks {len(absent)} of {spec.shards} pair shards, first {absent[0]:05d}: make them")
+    return [load_file(folder / f"{i:05d}.safetensors") for i in range(spec.shards)]
+
+
+def _rows(shards: list[Tensor], size: int, index: Tensor) -> Tensor:
+    return torch.stack([shards[i // size][i % size] for i in index.tolist()])
 
 
 def _valid(folder: Path, shard: int) -> bool:
@@ -149,11 +232,11 @@ def _sidecar(folder: Path, shard: int) -> Mapping[str, object] | None:
         return None
 
 
-def _plain(spec: PairSpec) -> dict[str, object]:
+def _plain(spec: Spec) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(spec)))
 
 
-def _require_same(manifest: Path, spec: PairSpec) -> None:
+def _require_same(manifest: Path, spec: Spec) -> None:
     try:
         found = dict(json.loads(manifest.read_text())["spec"])
     except (ValueError, KeyError, TypeError):

@@ -7,7 +7,7 @@ from html import escape
 
 from dmd.plots import linear_axis, show, tick_texts
 
-LOWER_IS_BETTER = ("FID", "FD-", "KID", "KD-")
+LOWER_IS_BETTER = ("FID", "FD-", "KID", "KD-", "alignment", "uniformity")
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ class World(Protocol):
         digest: names all of it.
         count: how many images the denoiser learns from.
         questions: how many answers there are to each question about a caption.
+        licence: of what is learnt from them, as hubs name it; None where only the user knows.
     """
 
     @property
@@ -51,6 +52,9 @@ class World(Protocol):
 
     @property
     def questions(self) -> Sequence[int]: ...
+
+    @property
+    def licence(self) -> str | None: ...
 
     def images(self, index: Tensor) -> Tensor:
         """Numbers (B,) to images (B, 3, H, W) in [-1, 1]."""
@@ -206,8 +210,9 @@ def _reconstruct(
         found = []
         for index in place.share().split(size, "--autoencoder-batch-size"):
             x = world.images((first + step) * size + index)
+            index = index.to(place.device)
             noise = seeding.normal(options.seed, Stream.LATENT_NOISE, first + step, index, options.network.shape)
-            found.append(ImageBatch(x.to(place.device), noise.to(place.device)))
+            found.append(ImageBatch(x.to(place.device), noise))
         return found
 
     task = Autoencoding(vae, build.adam(vae, lr, BETAS, 0.0), ema, options.kl_weight, jitter, 1.0, clip_and_check)
@@ -314,16 +319,17 @@ def _card(options: MiniatureOptions, world: World, place: Workplace, folder: Pat
         "files": {str(p.relative_to(folder)): checkpoint.describe(p) for p in weights},
     }
     checkpoint.write_json(folder / "card.json", card)
-    (folder / "README.md").write_text(card_text(card, world.describe(options)), encoding="utf-8")
+    (folder / "README.md").write_text(card_text(card, world.describe(options), world.licence), encoding="utf-8")
 
 
-def card_text(card: dict[str, Any], about: Sequence[str]) -> str:
+def card_text(card: dict[str, Any], about: Sequence[str], licence: str | None) -> str:
     """The card for people, from card.json."""
     e, minutes = card["environment"], {k: v / 60 for k, v in card["seconds"].items()}
     rows = [f"| {name} | {value:.4g} |" for name, value in card["figures"].items()]
     files = [f"| `{name}` | {facts['size']:,} | `{facts['sha256']}` |" for name, facts in card["files"].items()]
+    facts = [f"license: {licence}"] if licence else []
     return "\n".join([
-        "---", "license: apache-2.0", "library_name: diffusers", "pipeline_tag: text-to-image", "---", "",
+        "---", *facts, "library_name: diffusers", "pipeline_tag: text-to-image", "---", "",
         *about, "",
         f"- Made by `{card['command']}`, dmd {e['dmd']} at commit {e['commit']}, torch {e['torch']}.",
         f"- On {e['device']}, {e['threads']} threads: autoencoder {minutes['autoencoder']:.0f} minutes, text encoder "

@@ -48,6 +48,10 @@ class Shapes:
     def questions(self) -> list[int]:
         return shapes.ANSWERS
 
+    @property
+    def licence(self) -> str:
+        return "apache-2.0"
+
     def scenes(self, index: Tensor) -> list[Scene]:
         return shapes.scenes(self.seed, index)
 

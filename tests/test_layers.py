@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS = [
     {"__init__", "shipped", "errors", "config", "seeding", "ema", "checkpoint", "log", "locks"},  # know no diffusion
-    {"noise", "denoiser", "mixture", "run"},
+    {"noise", "denoiser", "mixture", "run", "chance"},
     {"solvers", "losses", "pairs", "codec", "shards"},
     {"distill", "generate", "batches", "teach", "pipeline", "online"},
     {"teachers", "metrics", "data", "captions", "report", "plots", "scoreboard"},  # the rim: each may be replaced
@@ -25,6 +25,7 @@ LAYERS = [
         "teach_shapes",
         "teach_folder",
         "clipgen",
+        "represent",
         "synthesis",
         "sampled",
     },
@@ -141,6 +142,7 @@ ALLOWED = {
     "clipgen": {
         "batches",
         "build",
+        "chance",
         "checkpoint",
         "config",
         "data",
@@ -152,6 +154,27 @@ ALLOWED = {
         "plots",
         "run",
         "seeding",
+        "teachers",
+    },
+    "represent": {
+        "batches",
+        "build",
+        "chance",
+        "checkpoint",
+        "config",
+        "data",
+        "ema",
+        "errors",
+        "evaluation",
+        "generate",
+        "log",
+        "metrics",
+        "online",
+        "run",
+        "scoreboard",
+        "seeding",
+        "shards",
+        "synthesis",
         "teachers",
     },
     "scoreboard": {"plots"},
@@ -192,7 +215,8 @@ def test_configs_and_flags_can_be_read_without_torch():
     [
         ["train_dmd.py"], ["sample.py"], ["-m", "dmd"], ["-m", "dmd", "teach"], ["-m", "dmd", "pairs"],
         ["-m", "dmd", "evaluate"], ["-m", "dmd", "clipgen", "train"], ["-m", "dmd", "captions"],
-        ["-m", "dmd", "synthesize"],
+        ["-m", "dmd", "synthesize"], ["-m", "dmd", "probe"], ["-m", "dmd", "represent"],
+        ["-m", "dmd", "represent", "stablerep"],
     ],
     ids=str,
 )  # fmt: skip

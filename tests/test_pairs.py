@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from dmd import pairs, seeding
+from dmd.data.images import to_uint8
 from dmd.errors import InputError
-from dmd.pairs import PairSpec
+from dmd.pairs import ImageSpec, PairSpec
 from dmd.seeding import Stream
 
 SPEC = PairSpec(
@@ -47,7 +48,8 @@ def test_pairs_are_the_teachers_images_of_their_own_noise(tmp_path):
     """Noise and conditions are not read from the disk: they are re-derived from seed and index."""
     assert make(tmp_path) == [5, 5, 5, 5, 3]
     index = torch.tensor([0, 22, 7, 7, 14])
-    z, y, condition = pairs.Pairs(tmp_path, SPEC)[index]
+    y, condition = pairs.Pairs(tmp_path, SPEC)[index]
+    z = SPEC.noise(index)
     assert torch.equal(z, seeding.normal(9, Stream.PAIR, 0, index, (1, 2, 2)))
     assert torch.equal(condition, seeding.integers(9, Stream.PAIR_LABEL, 0, index, 4))
     torch.testing.assert_close(y, teacher(z, condition), rtol=2.0**-11, atol=2.0**-14)
@@ -158,3 +160,57 @@ def test_noise_of_a_pair_does_not_depend_on_how_many_there_are():
     assert index.tolist() == [20, 21, 22]
     assert torch.equal(SPEC.noise(index), longer.noise(longer.indices(0))[20:23])
     assert torch.equal(SPEC.condition(index), longer.condition(longer.indices(0))[20:23])
+
+
+# ---- images of pairs -----------------------------------------------------------------------------------------------
+
+IMAGES = ImageSpec(SPEC, "decoder", "uint8")
+
+
+def decode(y):
+    """Images of twice the side, some beyond what bytes can hold."""
+    return 1.5 * torch.sin(3.0 * y).repeat_interleave(2, -1).repeat_interleave(2, -2)
+
+
+def make_images(folder, store, shards=None, decode=decode, spec=IMAGES):
+    shards = pairs.missing(folder, spec) if shards is None else shards
+    counts = list(pairs.make_images(folder, spec, shards, store, decode, to_uint8))
+    pairs.finish(folder, spec)
+    return counts
+
+
+def test_images_are_what_the_pairs_decode_to(tmp_path):
+    make(tmp_path)
+    store = pairs.Pairs(tmp_path, SPEC)
+    assert make_images(tmp_path / "images", store) == [5, 5, 5, 5, 3]
+    index = torch.tensor([0, 22, 7, 7, 14])
+    found = pairs.Images(tmp_path / "images", IMAGES)[index]
+    expected = decode(store[index][1]).clamp(-1, 1)
+    assert found.dtype == torch.uint8 and (expected.abs() == 1).any()
+    assert (found / 127.5 - 1 - expected).abs().max() <= 0.5 / 127.5 + 1e-6
+
+
+def test_images_are_resumed_repaired_and_checked(tmp_path):
+    make(tmp_path)
+    store, folder = pairs.Pairs(tmp_path, SPEC), tmp_path / "images"
+    make_images(tmp_path / "whole", store)
+    maker = pairs.make_images(folder, IMAGES, pairs.missing(folder, IMAGES), store, decode, to_uint8)
+    next(maker), next(maker)
+    maker.close()
+    with pytest.raises(InputError, match="lacks 3 of 5 pair shards, first 00002"):
+        pairs.Images(folder, IMAGES)
+    damaged = folder / "00001.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\xff")
+    assert pairs.missing(folder, IMAGES) == [1, 2, 3, 4]
+    make_images(folder, store)
+    assert files(folder) == files(tmp_path / "whole")
+    with pytest.raises(InputError, match="holds pairs with decoder = 'decoder', but 'another' is asked for"):
+        pairs.missing(folder, dataclasses.replace(IMAGES, decoder="another"))
+
+
+def test_images_that_are_not_finite_do_not_become_bytes(tmp_path):
+    make(tmp_path)
+    store = pairs.Pairs(tmp_path, SPEC)
+    with pytest.raises(ArithmeticError, match="not finite"):
+        make_images(tmp_path / "images", store, decode=lambda y: decode(y) / 0.0)
+    assert not list((tmp_path / "images").glob("*.safetensors"))

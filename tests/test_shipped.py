@@ -17,6 +17,7 @@ from dmd.generate import decoded, images, student_generator
 from dmd.metrics import caption
 from dmd.pipeline import conditions
 from dmd.solvers import ddim
+from dmd.teachers import layout
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -51,6 +52,11 @@ def test_student_and_teacher_differ_in_the_unet_alone():
         assert (teacher / f"{part}.safetensors").read_bytes() == (student / f"{part}.safetensors").read_bytes()
     unet = "unet/diffusion_pytorch_model.safetensors"
     assert (teacher / unet).read_bytes() != (student / unet).read_bytes()
+
+
+def test_the_student_s_card_names_its_teacher_s_licence():
+    found = [layout.licence(shipped.FOLDER / name) for name in ("shapes-teacher", "shapes-student")]
+    assert found == [{"license": "apache-2.0"}] * 2
 
 
 def test_sample_draws_what_it_is_asked_for(tmp_path, capsys):

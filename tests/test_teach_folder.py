@@ -86,6 +86,7 @@ def test_answers_are_the_commonest_words_of_a_caption(tokenizer):
 def test_a_folder_becomes_a_pipeline_with_its_tokenizer(data, tokenizer, place, tmp_path):
     options = FolderOptions(str(data), str(tokenizer), 50, replace(TRAINING, output_dir=str(tmp_path / "t")))
     assert teach_folder.teach(options, place)
+    assert "license" not in (tmp_path / "t" / "README.md").read_text()  # the images are the user's
     pipeline = stable_diffusion.load(tmp_path / "t")
     assert pipeline.text.length == 77
     for name in ("vocab.json", "merges.txt"):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -141,6 +142,47 @@ def test_a_run_with_adapters_resumes_and_its_checkpoint_holds_them_alone(world):
     assert equal(weights(world / "lora"), weights(world / "lora-again"))
 
 
+def test_one_unet_can_be_student_real_and_fake_score(world):
+    """Adapters on the frozen teacher for both: the first step is that of two networks, the last makes both folders."""
+    pytest.importorskip("peft")
+    more = ("--student-lora-rank", "2", "--fake-lora-rank", "3", "--gradient-checkpointing", "--learning-rate", "0.05")
+    train.main(flags(world, world / "one-unet", *more))
+    a, b = figures(world / "run")[0], figures(world / "one-unet")[0]
+    for name in ("loss/matching", "loss/regression", "loss/fake"):
+        assert a[name] == pytest.approx(b[name], rel=1e-4)
+    newest = max((world / "one-unet" / "checkpoints").iterdir())
+    for name in ("student", "fake", "ema"):
+        assert all(key.startswith("adapters.") for key in load_file(newest / f"{name}.safetensors"))
+    train.main(flags(world, world / "one-unet-again", *more, "--max-train-steps", "2"))
+    train.main(flags(world, world / "one-unet-again", *more))
+    assert equal(weights(world / "one-unet"), weights(world / "one-unet-again"))
+
+    teacher = teachers.load(world / "teacher").denoiser.net.get_submodule("unet").state_dict()
+    adapters = load_file(world / "one-unet" / "student-lora" / "pytorch_lora_weights.safetensors")
+    student, changed = weights(world / "one-unet"), set()
+    for name, value in teacher.items():
+        a, b = (adapters.get(f"unet.{name.removesuffix('.weight')}.lora_{which}.weight") for which in "AB")
+        expected = value if a is None or b is None else value + b @ a
+        torch.testing.assert_close(student[name], expected, rtol=1e-5, atol=1e-6)
+        changed |= {name} if not torch.equal(student[name], value) else set()
+    assert len(changed) == len(adapters) / 2
+
+
+def test_a_teacher_s_variant_is_read_and_its_student_written(world, tmp_path):
+    """Files of a variant alone: the same run, where --variant names it, and a sentence where it does not."""
+    shutil.copytree(world / "teacher", tmp_path / "teacher", ignore=shutil.ignore_patterns("stages"))
+    for path in tmp_path.glob("teacher/*/*.safetensors"):
+        path.rename(path.with_name(path.name.replace(".safetensors", ".fp16.safetensors")))
+    more = ("--teacher", str(tmp_path / "teacher"))
+    with pytest.raises(SystemExit):
+        train.main(flags(world, tmp_path / "run", *more))
+    train.main(flags(world, tmp_path / "run", *more, "--variant", "fp16"))
+    assert equal(weights(tmp_path / "run"), weights(world / "run"))
+    sample.main(["a", "--student", str(tmp_path / "run" / "student"), "--teacher", "--steps", "2", "--variant", "fp16",
+                 "--seeds", "0", "--out", str(tmp_path / "out")])  # fmt: skip
+    assert len(list((tmp_path / "out").glob("teacher-*.png"))) == 1
+
+
 def test_regression_can_be_of_a_crop_and_through_a_tiny_decoder(world, tmp_path):
     """Against the same losses by hand: of a first step, no other figure changes."""
     from diffusers import AutoencoderTiny
@@ -171,6 +213,31 @@ def test_regression_can_be_of_a_crop_and_through_a_tiny_decoder(world, tmp_path)
     assert b["loss/regression"] == pytest.approx(squared_distance(*images).mean().item(), rel=1e-3)
 
 
+def test_target_images_can_be_stored_instead_of_decoded(world, tmp_path):
+    """The same losses to the storage's precision: half precision keeps 11 bits, bytes also cut to [-1, 1]."""
+    runs = {}
+    for storage in ("no", "fp16", "uint8"):
+        more = ("--regression-on", "images", "--store-images", storage, "--max-train-steps", "1")
+        train.main(flags(world, tmp_path / storage, *more))
+        runs[storage] = figures(tmp_path / storage)[0]
+    assert runs["fp16"]["loss/regression"] == pytest.approx(runs["no"]["loss/regression"], rel=1e-3)
+    assert runs["fp16"]["health/matching_part"] == runs["no"]["health/matching_part"]
+    assert runs["fp16"]["health/brightness_drift"] == runs["no"]["health/brightness_drift"]  # of latents, as ever
+
+    config = read(tmp_path / "uint8" / "config.json")
+    teacher = build.load_teacher(config, None, build.workplace(config), world / "teacher")
+    asked = build.prompts(config, None)
+    spec = build.pair_spec(config, teacher, asked)
+    store = Pairs(build.pair_folder(config, spec), spec)
+    batch = build.distill_batches(config, teacher, asked, store, build.workplace(config))(0).batches[0]
+    with torch.no_grad():
+        x = one_step(teacher.denoiser, batch.z_ref, {k: v[len(batch.z) :] for k, v in batch.cond.items()})
+        image, target = (teacher.codec.decode(v) for v in (x, batch.y_ref))
+    levels = ((target.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+    expected = squared_distance(image, levels).mean().item()
+    assert runs["uint8"]["loss/regression"] == pytest.approx(expected, rel=1e-4)
+
+
 def test_a_real_score_in_bf16_is_near_the_one_in_float32(world):
     train.main(flags(world, world / "half", "--mixed-precision", "bf16", "--real-in-bf16", "--max-train-steps", "1"))
     a, b = figures(world / "run")[0], figures(world / "half")[0]
@@ -194,12 +261,12 @@ def test_images_do_not_depend_on_their_batch(world):
 def test_teacher_and_student_side_by_side(world, capsys):
     folder = world / "run" / "student"
     options = ["--teacher", "--steps", "2", "--guidance-scale", "3", "--seeds", "0-1", "--device", "cpu"]
-    sample.main([*PROMPTS[:2], "--student", str(folder), "--out", str(world / "both"), *options])
-    names = sorted(p.name for p in (world / "both").iterdir())
+    sample.main([*PROMPTS[:2], "--student", str(folder), "--out", str(world / "one-unet"), *options])
+    names = sorted(p.name for p in (world / "one-unet").iterdir())
     assert (
         len([n for n in names if n.startswith("student-")]) == len([n for n in names if n.startswith("teacher-")]) == 4
     )
-    with Image.open(world / "both" / "grid.png") as grid:
+    with Image.open(world / "one-unet" / "grid.png") as grid:
         assert [t.split(":")[0] for t in grid.text["rows"].split(" | ")] == ["student", "teacher"] * 2
     assert re.search(r"teacher: 4 images in .*, [\d.e+]+ images per second on cpu", capsys.readouterr().out)
 

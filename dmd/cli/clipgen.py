@@ -11,7 +11,7 @@ import tyro
 
 from dmd.cli import flags
 from dmd.cli.sample import find_device, parse_seeds, save_png, slug
-from dmd.cli.train import open_directory
+from dmd.cli.train import accept_directory, open_directory
 from dmd.clipgen.config import (
     PRESETS,
     Config,
@@ -99,12 +99,7 @@ def train(argv: Sequence[str], prog: str) -> None:
 
 def check_directory(folder: Path, config: Config, fresh: bool) -> None:
     """Whether a run can be made or resumed here; writes nothing. Raises InputError if it holds something else."""
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file: give a folder as --output-dir")
-    found = [p.name for p in folder.iterdir() if not p.name.startswith(".tmp-")] if folder.exists() else []
-    if found and not (folder / "config.json").is_file():
-        raise InputError(f"{folder} is not empty and not a run directory: give another --output-dir")
-    if found:
+    if accept_directory(folder):
         old = read(folder / "config.json")
         if not fresh:
             require_same(old, config, str(folder))

@@ -51,6 +51,9 @@ class SampleOptions:
     """Of the networks' arithmetic."""
     batch_size: int = 64
     """Images at a time."""
+    variant: str | None = None
+    """Which weights of the teacher (with --teacher), or else of --student, are read where there are several: "fp16" for
+    files named *.fp16.safetensors."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps; "auto" takes a GPU where there is one."""
 
@@ -104,7 +107,7 @@ def sample(options: SampleOptions) -> None:
 
     device = find_device(options.device)
     autocast = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[options.precision]
-    student = teachers.load(options.student, device, autocast)
+    student = teachers.load(options.student, device, autocast, None if options.teacher else options.variant)
     codec = student.codec if options.decoder == "full" else teachers.tiny_codec(options.decoder, device)
     prompts = prompts or list(student.classes)
     if not prompts:
@@ -121,7 +124,7 @@ def sample(options: SampleOptions) -> None:
         runs = [("many steps", student, guided_steps(student, scale, many_steps))]
     if options.teacher:
         source, guidance = teacher_of(Path(options.student))
-        teacher = teachers.load(source, device, autocast)
+        teacher = teachers.load(source, device, autocast, options.variant)
         scale = guidance if options.guidance_scale is None else options.guidance_scale
         runs.append(("teacher", teacher, guided_steps(teacher, scale, many_steps)))
 

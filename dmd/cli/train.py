@@ -11,8 +11,8 @@ from dmd.config import Config, read, require_same, to_json
 from dmd.errors import InputError
 
 CONTENT = (
-    "checkpoints", "student", "samples", "tensorboard", "wandb", "environment.json", "inputs.json", "metrics.jsonl",
-    "summary.json", "report.html", "config.json",
+    "checkpoints", "student", "student-lora", "samples", "tensorboard", "wandb", "environment.json", "inputs.json",
+    "metrics.jsonl", "summary.json", "report.html", "config.json",
 )  # fmt: skip
 """What a run writes into its directory, and `--fresh` deletes; other files there are the user's."""
 
@@ -58,6 +58,20 @@ def check_directory(folder: Path, config: Config, fresh: bool) -> None:
         raise InputError(f"{folder} is not empty and not a run directory: give another --output-dir")
     if found and not fresh:
         require_same(read(folder / "config.json"), config, str(folder))
+
+
+def accept_directory(folder: Path) -> bool:
+    """Whether a folder holds a run, of whatever command, by its config.json; False if it is empty or not there.
+
+    Raises:
+        InputError: it holds something else.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file: give a folder as --output-dir")
+    found = [p.name for p in folder.iterdir() if not p.name.startswith(".tmp-")] if folder.exists() else []
+    if found and not (folder / "config.json").is_file():
+        raise InputError(f"{folder} is not empty and not a run directory: give another --output-dir")
+    return bool(found)
 
 
 def open_directory(folder: Path, config: Mapping[str, Any], content: Sequence[str], fresh: bool) -> None:

@@ -6,7 +6,6 @@ What several runs can share (a small CLIP, a tokenizer, tokens) is kept in the c
 import json
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -175,7 +174,7 @@ class Chain:
 
         o, place = self.config.clip, self.place
         drawn = self.config.data.captioned is None
-        words = shapes.words() if drawn else _words(data.captions)
+        words = shapes.words() if drawn else miniature.common_words(data.captions, WORDS)
         place.first(lambda: miniature.write_tokenizer(words, o.clip_tokens, folder / clips.WORDS))
         count = len(json.loads((folder / clips.WORDS / "vocab.json").read_text(encoding="utf-8")))
         sizes = ConvSizes(o.clip_patch, o.clip_widths, o.clip_blocks)
@@ -367,12 +366,6 @@ def _short(steps: int) -> Cadence:
     """The cadence of a stage that is cached when it is done."""
     log_every = min(50, max(steps // 20, 1))
     return Cadence(steps, log_every, max(steps // 10, 1), keep=1, warmup=min(100, steps // 10), cooldown=steps // 2)
-
-
-def _words(captions: Sequence[str]) -> list[str]:
-    """The most frequent words of captions, in alphabetical order."""
-    counts = Counter(word for text in captions for word in text.lower().split() if word.isascii())
-    return sorted(word for word, _ in counts.most_common(WORDS))
 
 
 # ----------------------------------------------------------------------------- the end

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dmd import checkpoint
-from dmd.clipgen.chance import pinned
+from dmd.chance import pinned
 from dmd.clipgen.networks import ConvSizes, Decoder, Encoder, sizes_from
 from dmd.errors import InputError
 from dmd.run import NotFinite

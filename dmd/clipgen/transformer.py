@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dmd import checkpoint
-from dmd.clipgen.chance import pinned
+from dmd.chance import pinned
 from dmd.clipgen.tokenizer import Update
 from dmd.ema import Ema
 from dmd.errors import InputError

@@ -168,6 +168,9 @@ def _timm(name: str, weights: Path | None, download: bool, size: int | None) -> 
     settings = timm.data.resolve_data_config(net.pretrained_cfg)
     if size is not None:
         if isinstance(net, timm.models.VisionTransformer):  # its embedded positions are interpolated
+            patch = net.patch_embed.patch_size[0]
+            if size % patch:
+                raise InputError(f"timm:{name} cuts images into patches of {patch} px, which do not divide {size} px")
             net.set_input_size(img_size=(size, size))
         settings["input_size"] = (3, size, size)
     net.reset_classifier(0)

@@ -10,9 +10,14 @@ from dmd.pipeline import Pipeline
 from dmd.teachers import pixel, stable_diffusion
 
 
-def load(source: str | Path, device: torch.device | str = "cpu", autocast: torch.dtype | None = None) -> Pipeline:
+def load(
+    source: str | Path,
+    device: torch.device | str = "cpu",
+    autocast: torch.dtype | None = None,
+    variant: str | None = None,
+) -> Pipeline:
     """A teacher or student: a folder that `pixel.save` wrote, or a Stable Diffusion pipeline (folder, id on
-    the hub, or the name of one that ships).
+    the hub, or the name of one that ships), whose weights may be of a variant ("fp16").
 
     Raises:
         InputError: as `pixel.load` and `stable_diffusion.load`.
@@ -21,7 +26,7 @@ def load(source: str | Path, device: torch.device | str = "cpu", autocast: torch
     folder = Path(source)
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         return pixel.load(folder, device, autocast)
-    return stable_diffusion.load(source, device=device, autocast=autocast)
+    return stable_diffusion.load(source, device=device, autocast=autocast, variant=variant)
 
 
 TINY = "madebyollin/taesd"

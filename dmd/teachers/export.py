@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from dmd import checkpoint
 from dmd.errors import InputError
@@ -29,12 +29,14 @@ TOKENIZER = (
 )  # fmt: skip
 CARD = "card.json"
 """What a student was made of, for programs; `README.md` says it to people."""
+ADAPTERS = "pytorch_lora_weights.safetensors"
+"""File of adapters in the folder that `load_lora_weights` of diffusers is given."""
 FORMAT = {"format": "pt"}
 """Header of all weights: transformers asks for it."""
 
 
 def save_student(
-    unet: nn.Module,
+    weights: Mapping[str, Tensor],
     source: str | Path,
     folder: Path,
     *,
@@ -48,12 +50,12 @@ def save_student(
     `pipe(prompt, num_inference_steps=1, guidance_scale=0)` makes what `dmd.solvers.one_step` makes, decoded. Tokenizer,
     text encoder, VAE and the UNet's config are those of `source`, byte for byte; only what some version of transformers
     would misread is written anew: weights without `text_model.`, a tokenizer without vocab.json, and a text encoder's
-    config that does not say float32, in which diffusers loads the rest.
+    config that does not say float32, in which diffusers loads the rest. Licence files come along.
 
     The folder appears when it is whole; a student that was there is replaced then.
 
     Args:
-        unet: the student's network, of the architecture of the UNet in `source`.
+        weights: state of the student's network, which is of the architecture of the UNet in `source`.
         source, variant, revision: the teacher, as for `stable_diffusion.load`.
         half: UNet weights in float16 rather than float32.
         card: text of README.md; left out, `model_card` without figures.
@@ -63,10 +65,33 @@ def save_student(
         OSError: it could not be written (a full disk, ...).
     """
     origin = layout.locate(source, variant, revision)
-    weights = unet.state_dict()
     _require_same_network(weights, origin, variant)
-    text = model_card(folder.name, _public_name(source)) if card is None else card
+    text = model_card(folder.name, public_name(source), licence=layout.licence(origin)) if card is None else card
     _write(weights, origin, folder, torch.float16 if half else torch.float32, variant, text)
+
+
+def save_adapters(
+    matrices: Mapping[str, tuple[Tensor, Tensor]], settings: layout.Settings, folder: Path, card: str
+) -> None:
+    """Write a student's adapters alone, for the teacher's stock pipeline.
+
+    `pipe.load_lora_weights(folder, weight_name=ADAPTERS)` reads them, and `LCMScheduler.from_pretrained(folder)` the
+    scheduler that goes with them: then the pipeline is the student of `save_student`.
+
+    Args:
+        matrices: (A, B) of each linear layer, by its name in the pipeline ("unet.mid_block..."); B A is added.
+        settings: of the teacher.
+        card: text of README.md.
+
+    Raises:
+        InputError: values are not finite.
+        OSError: it could not be written.
+    """
+    tensors = {f"{name}.lora_A.weight": a for name, (a, _) in matrices.items()}
+    tensors |= {f"{name}.lora_B.weight": b for name, (_, b) in matrices.items()}
+    checkpoint.save_tensors(_cast(tensors, torch.float32), folder / ADAPTERS, FORMAT)
+    checkpoint.write_json(folder / "scheduler_config.json", scheduler_config(settings))
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def convert_student(student: Path, folder: Path, *, half: bool = False) -> None:
@@ -143,26 +168,26 @@ def scheduler_config(settings: layout.Settings) -> dict[str, Any]:
     }
 
 
-def model_card(name: str, teacher: str, figures: Mapping[str, object] | None = None, licence: str | None = None) -> str:
+def model_card(
+    name: str,
+    teacher: str,
+    figures: Mapping[str, object] | None = None,
+    licence: Mapping[str, str] | None = None,
+) -> str:
     """README.md of a student.
 
     Args:
         name: of the student.
         teacher: id on the hub, or another name.
         figures: what was measured, by what it is.
-        licence: identifier on the hub; the teacher's, as weights that were made of it are bound to.
+        licence: of the teacher (`layout.licence`), which binds weights that were made of it.
     """
-    facts = ["library_name: diffusers", "pipeline_tag: text-to-image", "tags: [one-step, distillation, dmd]"]
-    facts += [f"base_model: {teacher}"] if re.fullmatch(r"[\w.-]+/[\w.-]+", teacher, re.ASCII) else []
-    facts += [f"license: {licence}"] if licence else []
-    rows = [f"| {what} | {value} |" for what, value in (figures or {}).items()]
-    table = ["## Figures", "", "| | |", "|---|---|", *rows, ""] if rows else []
     lines = [
-        "---", *facts, "---", "",
+        *_head(teacher, licence, ["one-step", "distillation", "dmd"]),
         f"# {name}", "",
         f"Images from text in one step. A student of `{teacher}`, made by Distribution Matching Distillation",
-        "(Yin et al., CVPR 2024, arXiv 2311.18828). Tokenizer, text encoder and autoencoder are the teacher's; the",
-        "teacher's licence applies. There is no safety checker inside.", "",
+        "(Yin et al., CVPR 2024, arXiv 2311.18828). Tokenizer, text encoder and autoencoder are the teacher's.",
+        f"{_licence_sentence(licence)} There is no safety checker inside.", "",
         "## Use", "",
         "```python",
         "from diffusers import StableDiffusionPipeline",
@@ -174,9 +199,56 @@ def model_card(name: str, teacher: str, figures: Mapping[str, object] | None = N
         "Always one step and `guidance_scale=0`: guidance is built in, and diffusers' default of 7.5 spoils the",
         "images. For the same reason there is no negative prompt. In ComfyUI, with the single-file export: one step,",
         "cfg 1, sampler `euler`, scheduler `simple`.", "",
-        *table,
+        *_table(figures),
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def adapters_card(
+    name: str,
+    teacher: str,
+    figures: Mapping[str, object] | None = None,
+    licence: Mapping[str, str] | None = None,
+) -> str:
+    """README.md of adapters alone; arguments as of `model_card`."""
+    lines = [
+        *_head(teacher, licence, ["lora", "one-step", "distillation", "dmd"]),
+        f"# {name}", "",
+        f"Low-rank adapters that make of `{teacher}` a student that draws in one step, by Distribution Matching",
+        f"Distillation (Yin et al., CVPR 2024, arXiv 2311.18828). {_licence_sentence(licence)}", "",
+        "## Use", "",
+        "```python",
+        "from diffusers import LCMScheduler, StableDiffusionPipeline",
+        "",
+        'pipe = StableDiffusionPipeline.from_pretrained("TEACHER")',
+        'pipe.scheduler = LCMScheduler.from_pretrained("FOLDER")',
+        f'pipe.load_lora_weights("FOLDER", weight_name="{ADAPTERS}")',
+        'pipe("a prompt", num_inference_steps=1, guidance_scale=0).images[0].save("image.png")',
+        "```", "",
+        "Always one step and `guidance_scale=0`: guidance is built in. For the same reason there is no negative",
+        "prompt.", "",
+        *_table(figures),
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _head(teacher: str, licence: Mapping[str, str] | None, tags: list[str]) -> list[str]:
+    facts = ["library_name: diffusers", "pipeline_tag: text-to-image", f"tags: [{', '.join(tags)}]"]
+    facts += [f"base_model: {teacher}"] if re.fullmatch(r"[\w.-]+/[\w.-]+", teacher, re.ASCII) else []
+    for key, value in (licence or {}).items():
+        plain = re.fullmatch(r"[A-Za-z][\w.-]*", value, re.ASCII)  # else YAML may take it for something else
+        facts.append(f"{key}: {value if plain else json.dumps(value)}")
+    return ["---", *facts, "---", ""]
+
+
+def _licence_sentence(licence: Mapping[str, str] | None) -> str:
+    told = (licence or {}).get("license_name") or (licence or {}).get("license")
+    return f"The teacher's licence applies: {told}." if told else "The teacher's licence applies."
+
+
+def _table(figures: Mapping[str, object] | None) -> list[str]:
+    rows = [f"| {what} | {value} |" for what, value in (figures or {}).items()]
+    return ["## Figures", "", "| | |", "|---|---|", *rows, ""] if rows else []
 
 
 def _write(
@@ -199,6 +271,8 @@ def _write(
             copy(origin / part / "config.json", temporary / part / "config.json")
             _copy_weights(files, part, temporary / part / f"{layout.STEMS[part]}.safetensors")
         _copy_tokenizer(origin / "tokenizer", temporary / "tokenizer")
+        for path in layout.licence_files(origin):
+            _copy(path, temporary / path.name)
         (temporary / "scheduler").mkdir()
         checkpoint.write_json(temporary / "scheduler" / "scheduler_config.json", scheduler_config(settings))
         _copy(origin / "unet" / "config.json", temporary / "unet" / "config.json")
@@ -260,7 +334,7 @@ def _require_free(folder: Path, origin: Path) -> None:
         raise InputError(f"{folder} exists and is no one-step student that could be replaced: give another folder")
 
 
-def _public_name(source: str | Path) -> str:
+def public_name(source: str | Path) -> str:
     """An id on the hub as it is, and of a folder no more than its name: where it lies is nobody's business."""
     return Path(source).resolve().name if Path(source).is_dir() else str(source)
 

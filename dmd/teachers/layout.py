@@ -50,6 +50,9 @@ ABSENT = {
 }
 """Settings that must be none or false, and what a folder that has them is."""
 
+LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*")
+"""Patterns of files that go with all that is made of a pipeline."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -121,6 +124,25 @@ def weights(folder: Path, part: str, variant: str | None = None) -> list[Path]:
     return files
 
 
+def licence(folder: Path) -> dict[str, str]:
+    """What the README.md of a pipeline tells of its licence as hubs read it: license, and for those without an
+    identifier license_name and license_link. Empty if it tells nothing that can be read.
+    """
+    from huggingface_hub.repocard import metadata_load
+    from yaml import YAMLError
+
+    try:
+        facts = metadata_load(folder / "README.md") or {}
+    except (OSError, ValueError, YAMLError):
+        return {}
+    return {k: str(facts[k]) for k in ("license", "license_name", "license_link") if facts.get(k)}
+
+
+def licence_files(folder: Path) -> list[Path]:
+    """Files with the text of a pipeline's licence."""
+    return sorted(p for pattern in LICENCE_FILES for p in folder.glob(pattern) if p.is_file())
+
+
 def locate(source: str | Path, variant: str | None, revision: str | None) -> Path:
     """The folder that `source` names: itself, or the cached snapshot of a hub id, downloaded where allowed.
 
@@ -141,7 +163,8 @@ def locate(source: str | Path, variant: str | None, revision: str | None) -> Pat
     ends = (".safetensors", "-?????-of-?????.safetensors")
     wanted = [f"{part}/{_name(part, variant)}{end}" for part in STEMS for end in ends]
     try:
-        found = Path(snapshot_download(str(source), revision=revision, allow_patterns=["*.json", "tokenizer/*"]))
+        configs = ["*.json", "tokenizer/*", "README.md", *LICENCE_FILES]
+        found = Path(snapshot_download(str(source), revision=revision, allow_patterns=configs))
         read(found)
         snapshot_download(str(source), revision=found.name, allow_patterns=wanted)
     except InputError:
@@ -236,7 +259,9 @@ def _missing(folder: Path, file: Path) -> str:
     if any(p for root in (folder, *blobs) for p in root.rglob("*.incomplete")):
         return f"{file} is missing, and *.incomplete files beside it tell of an interrupted download: start it again"
     if variants:
-        return f"{file} does not exist, but {variants[0]} does: choose that variant"
+        name = variants[0].split(".")[1].split("-")[0]
+        advice = "choose it by --variant" if name == "safetensors" else f"choose it by --variant {name}"
+        return f"{file} does not exist, but {variants[0]} does: {advice}"
     if pickles:
         return (
             f"{file} does not exist, and {pickles[0]} is a pickle, which could run code: "

@@ -7,6 +7,7 @@ its text encoder is taught what they say (`Describer`) before the UNet, for whic
 import copy
 import itertools
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,6 +153,12 @@ class Describer(nn.Module):
         row, column = (tokens == self.text.config.eos_token_id).nonzero(as_tuple=True)
         scores = self.head(self.text(tokens)[0][row, column])
         return list(scores.split(self.answers, dim=1)), row
+
+
+def common_words(captions: Sequence[str], count: int) -> list[str]:
+    """The most frequent words of captions, in alphabetical order, at most `count`."""
+    counts = Counter(word for text in captions for word in text.lower().split() if word.isascii())
+    return sorted(word for word, _ in counts.most_common(count))
 
 
 def write_tokenizer(words: Sequence[str], length: int, folder: Path) -> int:

@@ -18,7 +18,7 @@ from dmd.codec import Codec
 from dmd.denoiser import Cond, NetworkDenoiser
 from dmd.errors import InputError
 from dmd.noise import DDPM
-from dmd.teachers import export, layout
+from dmd.teachers import export, layout, lora
 
 
 class TimestepNet(nn.Module):
@@ -92,15 +92,23 @@ class StableDiffusion:
         denoiser: conditioned on {"text": (B, L, D)}; x0 are latents of about unit variance.
         text: prompts to conditions; frozen.
         codec: images in [-1, 1] to latents and back; frozen.
-        shape: (c, h, w) of the latents that the UNet was trained on.
+        settings: what its configs say.
         folder: where it was read.
+        name: of that, for those who do not know this machine.
+        variant: of its weights' files.
     """
 
     denoiser: NetworkDenoiser
     text: TextEncoder
     codec: Codec
-    shape: tuple[int, int, int]
+    settings: layout.Settings
     folder: Path
+    name: str
+    variant: str | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.settings.shape
 
     def encode(self, prompts: Sequence[str]) -> Cond:
         """See `TextEncoder.encode`."""
@@ -119,9 +127,15 @@ class StableDiffusion:
         return checkpoint.digest(nn.ModuleList([self.denoiser.net, self.text.network]))
 
     def save(self, denoiser: NetworkDenoiser, folder: Path, figures: Mapping[str, object]) -> None:
-        """See `export.save_student`."""
-        card = export.model_card(folder.name, self.folder.name, figures)
-        export.save_student(denoiser.net.get_submodule("unet"), self.folder, folder, card=card)
+        """See `export.save_student`. Of an adapted network also the adapters alone, in a folder beside it."""
+        licence = layout.licence(self.folder)
+        card = export.model_card(folder.name, self.name, figures, licence)
+        weights = {name.removeprefix("unet."): v for name, v in lora.plain_state(denoiser.net).items()}
+        export.save_student(weights, self.folder, folder, variant=self.variant, card=card)
+        if isinstance(denoiser.net, lora.AdaptedNet):
+            beside = folder.with_name(f"{folder.name}-lora")
+            card = export.adapters_card(beside.name, self.name, figures, licence)
+            export.save_adapters(denoiser.net.matrices(), self.settings, beside, card)
 
 
 def load(
@@ -167,8 +181,10 @@ def load(
         NetworkDenoiser(TimestepNet(unet, settings.schedule), settings.schedule, settings.prediction, autocast).eval(),
         TextEncoder(text, network),
         make(vae, vae.config.scaling_factor),
-        settings.shape,
+        settings,
         folder,
+        export.public_name(source),
+        variant,
     )
 
 

@@ -261,6 +261,10 @@ FLAGS = {
     "--t-min 0.9 --t-max 0.1": r"--t-min 0.9 and --t-max 0.1: they must be in order",
     "--attention True False": r"--multipliers and --attention must be equally long",
     "--features nowhere.th": r"nowhere.th does not exist",
+    "--store-images uint8 --regression-on latents": r"--store-images uint8 is for the regression on whole decoded",
+    "--store-images fp16 --regression-crop 2": r"--store-images fp16 is for the regression on whole decoded",
+    "--student-lora-rank -1": r"--student-lora-rank is -1: it must be a number of at least 0",
+    "--student-lora-rank 4": r"--student-lora-rank is 4 and --fake-lora-rank 0: adapters are for .* --teacher",
 }
 
 

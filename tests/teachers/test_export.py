@@ -20,10 +20,11 @@ from safetensors.torch import load_file, save_file
 from tiny import edit, save_pipeline
 
 from dmd.cli.export import main
+from dmd.denoiser import NetworkDenoiser
 from dmd.errors import InputError
 from dmd.noise import DDPM
 from dmd.solvers import one_step
-from dmd.teachers import export, layout, original, stable_diffusion
+from dmd.teachers import export, layout, lora, original, stable_diffusion
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -86,7 +87,7 @@ def student(source, tmp_path_factory):
     """A student's folder, its denoiser, and the teacher."""
     ours, denoiser = student_of(source)
     folder = tmp_path_factory.mktemp("student") / "student"
-    export.save_student(denoiser.net.unet, source, folder)
+    export.save_student(denoiser.net.unet.state_dict(), source, folder)
     return folder, denoiser, ours
 
 
@@ -124,7 +125,7 @@ def test_the_stock_pipeline_makes_the_student_s_samples(folder, tmp_path, z, pre
         monkeypatch.setattr(logging.getLogger(package), "propagate", True)
     edit(folder / SCHEDULER, prediction_type=prediction)
     ours, denoiser = student_of(folder)
-    export.save_student(denoiser.net.unet, folder, tmp_path / "student")
+    export.save_student(denoiser.net.unet.state_dict(), folder, tmp_path / "student")
     expected = one_step(denoiser, z, ours.encode(PROMPTS))
     with caplog.at_level(logging.WARNING):
         pipe = stock(tmp_path / "student")
@@ -181,7 +182,7 @@ def test_what_is_the_teacher_s_is_copied_byte_for_byte(source, student):
 def test_what_new_packages_write_is_written_for_old_ones(written, student, tmp_path, z):
     """transformers 5 leaves out `text_model.` and vocab.json, without which version 4 takes random weights or fails."""
     _, denoiser, _ = student
-    export.save_student(denoiser.net.unet, written, tmp_path / "student")
+    export.save_student(denoiser.net.unet.state_dict(), written, tmp_path / "student")
     with safe_open(tmp_path / "student" / TEXT, framework="pt") as opened:
         assert all(name.startswith("text_model.") for name in opened.keys())  # noqa: SIM118
         assert opened.metadata() == {"format": "pt"}
@@ -195,7 +196,7 @@ def test_what_new_packages_write_is_written_for_old_ones(written, student, tmp_p
 @torch.no_grad()
 def test_half_precision(student, source, tmp_path, z):
     folder, denoiser, _ = student
-    export.save_student(denoiser.net.unet, source, tmp_path / "half", half=True)
+    export.save_student(denoiser.net.unet.state_dict(), source, tmp_path / "half", half=True)
     tensors, full = load_file(tmp_path / "half" / UNET), load_file(folder / UNET)
     assert {v.dtype for v in tensors.values()} == {torch.float16}
     assert {v.dtype for v in full.values()} == {torch.float32}
@@ -219,7 +220,7 @@ def test_a_teacher_in_half_precision(folder, tmp_path, z, told):
     edit(folder / "text_encoder" / "config.json", dtype=None, torch_dtype=None)
     edit(folder / "text_encoder" / "config.json", **({told: "float16"} if told else {}))
     ours, denoiser = student_of(folder)
-    export.save_student(denoiser.net.unet, folder, tmp_path / "student")
+    export.save_student(denoiser.net.unet.state_dict(), folder, tmp_path / "student")
     assert (tmp_path / "student" / TEXT).read_bytes() == (folder / TEXT).read_bytes()
     check_same(latents(stock(tmp_path / "student"), z), one_step(denoiser, z, ours.encode(PROMPTS)))
 
@@ -227,7 +228,7 @@ def test_a_teacher_in_half_precision(folder, tmp_path, z, told):
 def test_a_bfloat16_student_is_written_as_float32(student, source, tmp_path):
     unet = copy.deepcopy(student[1].net.unet)
     torch.nn.Module.to(unet, torch.bfloat16)
-    export.save_student(unet.to(memory_format=torch.channels_last), source, tmp_path / "student")
+    export.save_student(unet.to(memory_format=torch.channels_last).state_dict(), source, tmp_path / "student")
     tensors = load_file(tmp_path / "student" / UNET)
     assert {v.dtype for v in tensors.values()} == {torch.float32}
     assert all(torch.equal(v, tensors[k]) for k, v in unet.float().state_dict().items())
@@ -237,7 +238,7 @@ def test_a_variant_is_written_under_the_plain_name(folder, student, tmp_path):
     for name in (UNET, VAE, TEXT):
         file = folder / name
         file.rename(file.with_name(file.name.replace(".safetensors", ".fp16.safetensors")))
-    export.save_student(student[1].net.unet, folder, tmp_path / "student", variant="fp16")
+    stable_diffusion.load(folder, variant="fp16").save(student[1], tmp_path / "student", {})
     assert files(tmp_path / "student") == files(student[0])
 
 
@@ -249,7 +250,7 @@ def test_shards_become_one_file(folder, student, tmp_path):
     for name in names:
         save_file({k: v for k, v in tensors.items() if where[k] == name}, folder / "vae" / name, {"format": "pt"})
     (folder / f"{VAE}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
-    export.save_student(student[1].net.unet, folder, tmp_path / "student")
+    export.save_student(student[1].net.unet.state_dict(), folder, tmp_path / "student")
     found = load_file(tmp_path / "student" / VAE)
     assert found.keys() == tensors.keys() and all(torch.equal(v, tensors[k]) for k, v in found.items())
     stable_diffusion.load(tmp_path / "student")
@@ -260,11 +261,11 @@ def test_the_card_says_how_to_use_it(student, source, tmp_path):
     assert "`teacher`" in text and str(source) not in text
     assert "num_inference_steps=1, guidance_scale=0" in text and "negative prompt" in text
     assert 'python sample.py "a prompt" --student FOLDER' in text
-    card = export.model_card("quick", "owner/name", {"FD-ResNet56": 1.25}, "creativeml-openrail-m")
+    card = export.model_card("quick", "owner/name", {"FD-ResNet56": 1.25}, {"license": "creativeml-openrail-m"})
     head = card.split("---")[1].splitlines()
     assert {"base_model: owner/name", "license: creativeml-openrail-m", "library_name: diffusers"} <= set(head)
     assert "| FD-ResNet56 | 1.25 |" in card
-    export.save_student(student[1].net.unet, source, tmp_path / "student", card=card)
+    export.save_student(student[1].net.unet.state_dict(), source, tmp_path / "student", card=card)
     written = (tmp_path / "student" / "README.md").read_text()
     assert written.startswith(card.rstrip())
     for path in (tmp_path / "student").glob("*/*.safetensors"):
@@ -282,6 +283,79 @@ def test_the_card_s_python_runs(student, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     exec(code.replace("FOLDER", str(student[0])), {})
     assert (tmp_path / "image.png").stat().st_size > 0
+
+
+@torch.no_grad()
+def test_a_student_of_adapters_is_written_whole_and_as_adapters_alone(folder, tmp_path, z, monkeypatch):
+    """Both are the same images in the stock pipeline: the student's folder, and the teacher with its adapters."""
+    pytest.importorskip("peft")
+    ours = stable_diffusion.load(folder)
+    adapted = lora.AdaptedNet(lora.SharedNet(ours.denoiser.net), 3)
+    g = torch.Generator().manual_seed(8)
+    for parameter in adapted.parameters():
+        parameter.copy_(0.2 * torch.randn(parameter.shape, generator=g))
+    denoiser = NetworkDenoiser(adapted, ours.denoiser.schedule, ours.denoiser.prediction)
+    expected = one_step(denoiser, z, ours.encode(PROMPTS))
+    teacher = one_step(stable_diffusion.load(folder).denoiser, z, ours.encode(PROMPTS))
+    assert (expected - teacher).abs().mean() > 0.02 * teacher.std()
+    ours.save(denoiser, tmp_path / "student", {"generator updates": "7"})
+    check_same(latents(stock(tmp_path / "student"), z), expected)
+    code = (tmp_path / "student-lora" / "README.md").read_text().split("```python")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(code.replace("FOLDER", str(tmp_path / "student-lora")).replace("TEACHER", str(folder)), names)
+    check_same(latents(names["pipe"], z), expected)
+    names["pipe"].unload_lora_weights()
+    check_same(latents(names["pipe"], z), teacher)
+
+
+# ----------------------------------------------------------------------------- licence
+
+
+LICENCE = """---
+license: other
+license_name: open-rail "m"
+license_link: LICENSE.md
+tags: [a, b]
+---
+# A teacher
+"""
+
+
+@pytest.mark.parametrize(
+    ("readme", "facts"),
+    [
+        ("---\nlicense: creativeml-openrail-m\ntags:\n- a\n---\n# x", {"license": "creativeml-openrail-m"}),
+        (LICENCE, {"license": "other", "license_name": 'open-rail "m"', "license_link": "LICENSE.md"}),
+        ("# x\nlicense: mit", {}),
+        ("---\nlicense: [\n---\n", {}),
+        ("---\ntags: a\n---\n", {}),
+        (None, {}),
+    ],
+)
+def test_a_licence_is_what_the_teacher_s_readme_tells(tmp_path, readme, facts):
+    if readme is not None:
+        (tmp_path / "README.md").write_text(readme)
+    assert layout.licence(tmp_path) == facts
+    if readme is not None:  # and what a student's card tells is read back as the same
+        (tmp_path / "README.md").write_text(export.model_card("a", "b", licence=facts))
+        assert layout.licence(tmp_path) == facts
+
+
+def test_a_student_inherits_its_teacher_s_licence(folder, student, tmp_path):
+    """Named in the card, with the files that hold its text; also when it is exported again."""
+    (folder / "README.md").write_text(LICENCE)
+    (folder / "LICENSE.md").write_text("the terms")
+    (folder / "NOTICE").write_bytes(b"\xff notice")
+    ours = stable_diffusion.load(folder)
+    ours.save(student[1], tmp_path / "student", {})
+    export.save_student(student[1].net.unet.state_dict(), folder, tmp_path / "plain")
+    export.convert_student(tmp_path / "student", tmp_path / "half", half=True)
+    for name in ("student", "plain", "half"):
+        assert layout.licence(tmp_path / name) == layout.licence(folder)
+        assert 'The teacher\'s licence applies: open-rail "m".' in (tmp_path / name / "README.md").read_text()
+        assert (tmp_path / name / "LICENSE.md").read_text() == "the terms"
+        assert (tmp_path / name / "NOTICE").read_bytes() == b"\xff notice"
 
 
 # ----------------------------------------------------------------------------- whole or not at all
@@ -317,11 +391,11 @@ def test_a_killed_write_leaves_nothing_that_loads_as_complete(student, source, t
         place = tmp_path / str(moment)
         place.mkdir()
         if before:
-            export.save_student(old, source, place / "student")
+            export.save_student(old.state_dict(), source, place / "student")
         with monkeypatch.context() as patch:
             reached = kill_at(patch, moment)
             with contextlib.suppress(Killed):
-                export.save_student(student[1].net.unet, source, place / "student")
+                export.save_student(student[1].net.unet.state_dict(), source, place / "student")
         if not reached:
             break
         if (place / ".tmp-student").exists() and not (place / ".tmp-student" / "model_index.json").exists():
@@ -333,13 +407,13 @@ def test_a_killed_write_leaves_nothing_that_loads_as_complete(student, source, t
             assert any(whole) and files(place / "student") == files(student[0])
         else:
             assert not before or moment > 10
-        export.save_student(student[1].net.unet, source, place / "student")
+        export.save_student(student[1].net.unet.state_dict(), source, place / "student")
         assert [p.name for p in place.iterdir()] == ["student"]
     assert moment > 12
 
 
 def test_a_full_disk_leaves_the_student_that_was_there(student, source, tmp_path, monkeypatch):
-    export.save_student(student[1].net.unet, source, tmp_path / "student")
+    export.save_student(student[1].net.unet.state_dict(), source, tmp_path / "student")
     before = {name: (tmp_path / "student" / name).read_bytes() for name in files(tmp_path / "student")}
 
     def full(*args, **kwargs):
@@ -347,7 +421,7 @@ def test_a_full_disk_leaves_the_student_that_was_there(student, source, tmp_path
 
     monkeypatch.setattr(export.checkpoint, "save_tensors", full)
     with pytest.raises(OSError, match="No space"):
-        export.save_student(student[1].net.unet, source, tmp_path / "student", half=True)
+        export.save_student(student[1].net.unet.state_dict(), source, tmp_path / "student", half=True)
     assert {name: (tmp_path / "student" / name).read_bytes() for name in files(tmp_path / "student")} == before
     assert [p.name for p in tmp_path.iterdir()] == ["student"]
 
@@ -362,23 +436,23 @@ def test_what_is_refused(student, source, folder, tmp_path, capsys):
         (folder, "is what the export is made of"),
     ):
         with pytest.raises(InputError, match=sentence):
-            export.save_student(unet, folder, place)
+            export.save_student(unet.state_dict(), folder, place)
     assert (tmp_path / "mine" / "notes.txt").read_text() == "keep"
     shutil.copytree(source, tmp_path / "teacher")
     with pytest.raises(InputError, match="is no one-step student that could be replaced"):
-        export.save_student(unet, folder, tmp_path / "teacher")
+        export.save_student(unet.state_dict(), folder, tmp_path / "teacher")
     with pytest.raises(InputError, match="teacher is no one-step student: its scheduler"):
         export.convert_student(tmp_path / "teacher", tmp_path / "new")
     with pytest.raises(InputError, match=r"of another architecture than the student: tensor '.*' is"):
-        export.save_student(torch.nn.Linear(2, 2), source, tmp_path / "new")
+        export.save_student(torch.nn.Linear(2, 2).state_dict(), source, tmp_path / "new")
     broken = copy.deepcopy(unet)
     broken.conv_in.bias.data[0] = 1e6
     with pytest.raises(InputError, match=r"'conv_in.bias' has values that are not finite as float16"):
-        export.save_student(broken, source, tmp_path / "new", half=True)
+        export.save_student(broken.state_dict(), source, tmp_path / "new", half=True)
     shutil.rmtree(folder / "tokenizer")
     (folder / "tokenizer").mkdir()
     with pytest.raises(InputError, match=r"tokenizer holds no CLIP tokenizer"):
-        export.save_student(unet, folder, tmp_path / "new")
+        export.save_student(unet.state_dict(), folder, tmp_path / "new")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["copy", "mine", "teacher"]
 
 
@@ -396,7 +470,7 @@ def test_diffusers_reads_the_single_file(folder, tmp_path, z, act, prediction):
     edit(folder / "text_encoder" / "config.json", hidden_act=act)
     _, denoiser = student_of(folder)
     student, file = tmp_path / "student", tmp_path / "student.safetensors"
-    export.save_student(denoiser.net.unet, folder, student)
+    export.save_student(denoiser.net.unet.state_dict(), folder, student)
     export.single_file(student, file)
     unet = UNet2DConditionModel.from_single_file(file, config=str(student), subfolder="unet", local_files_only=True)
     vae = AutoencoderKL.from_single_file(file, config=str(student), subfolder="vae", local_files_only=True)
@@ -581,7 +655,7 @@ def test_older_versions_load_the_export(old_python, request, tmp_path, z, kind, 
     teacher = shutil.copytree(request.getfixturevalue(kind), tmp_path / "teacher")
     edit(teacher / SCHEDULER, prediction_type=prediction)
     ours, denoiser = student_of(teacher)
-    export.save_student(denoiser.net.unet, teacher, tmp_path / "student")
+    export.save_student(denoiser.net.unet.state_dict(), teacher, tmp_path / "student")
     export.single_file(tmp_path / "student", tmp_path / "one.safetensors")
     save_file({"z": z}, tmp_path / "in.safetensors")
     arguments = [tmp_path / name for name in ("student", "one.safetensors", "in.safetensors", "out.safetensors")]

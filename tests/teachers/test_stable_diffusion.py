@@ -276,7 +276,9 @@ def test_variants_and_shards(pipeline, folder, z):
         (variant / part / f"{stem}.safetensors").rename(variant / part / f"{stem}.fp16.safetensors")
     ours = stable_diffusion.load(variant, variant="fp16")
     assert torch.equal(one_step(ours.denoiser, z, cond), one_step(expected.denoiser, z, cond))
-    with pytest.raises(InputError, match=r"but diffusion_pytorch_model.fp16.safetensors does: choose that variant"):
+    with pytest.raises(
+        InputError, match=r"but diffusion_pytorch_model.fp16.safetensors does: choose it by --variant fp16"
+    ):
         stable_diffusion.load(variant)
 
     next((folder / "unet").glob("*-00002-*")).unlink()
