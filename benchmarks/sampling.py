@@ -238,14 +238,14 @@ def set_mode(parts: Parts, mode: str) -> None:
 
 
 @torch.no_grad()
-def measure(todo: dict[str, Callable[[], object]], runs: int) -> dict[str, Measured]:
-    """Every work `runs` times, in turns."""
+def measure(todo: dict[str, Callable[[], object]], runs: int, warm_up: int = 1) -> dict[str, Measured]:
+    """Every work `runs` times, in turns, after one call that counts and `warm_up` that compile, where that is asked."""
     counted, memory = {}, {}
     for name, work in todo.items():
         with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
             work()
         counted[name] = counter.get_total_flops()
-    times = in_turns({name: partial(marked, work) for name, work in todo.items()}, runs)  # the first call compiles
+    times = in_turns({name: partial(marked, work) for name, work in todo.items()}, runs, warm_up)
     for name, work in todo.items():
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
