@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import common
 from benchmarks.common import finish, in_turns, matmul_rate, middle, peak_memory, say_machine
 from dmd.codec import KL, Codec, Tiny
+from dmd.data.images import to_uint8
 from dmd.denoiser import Guided, NetworkDenoiser, epsilon
 from dmd.errors import InputError
 from dmd.generate import Generator, images, student_generator, teacher_generator
@@ -194,6 +195,7 @@ def works(parts: Parts, batch: int, steps: int) -> dict[str, Callable[[], object
             parts.shape,
             unet.device,
             batch,
+            finish=to_uint8,
         )
 
     one, many = student_generator(parts.denoiser), teacher_generator(teacher, ddim, steps)

@@ -48,8 +48,9 @@ def images(
     device: torch.device,
     batch_size: int = 256,
     tick: Callable[[int], object] = lambda n: None,
+    finish: Callable[[Tensor], Tensor] = Tensor.float,
 ) -> Tensor:
-    """Samples for (seed, condition number) pairs, shaped as the generator makes them, (N, ...) float32 on the CPU.
+    """Samples for (seed, condition number) pairs, shaped as the generator makes them, (N, ...) on the CPU.
 
     Work goes in chunks of one size, `batch_size` or all if those are fewer (the last is padded), because a network's
     rounding depends on the batch: among calls with one work unit, a sample's bits depend on its place in it at most.
@@ -58,15 +59,16 @@ def images(
         seeds, numbers: (N,) int64 each.
         shape: of a sample's noise.
         tick: told the number of samples of each finished chunk.
+        finish: what is done to samples before they leave the device, where bytes are a quarter of the floats to move.
     """
     chunks = []
     size = min(batch_size, max(len(seeds), 1))
     for start in range(0, len(seeds), size):
         index = torch.arange(start, start + size).clamp_max(len(seeds) - 1)
-        z = seeding.normal(0, Stream.SAMPLE, 0, seeds[index], shape).to(device)
+        z = seeding.normal(0, Stream.SAMPLE, 0, seeds[index].to(device), shape)
         cond = {k: v.to(device) for k, v in conditions(numbers[index]).items()}
         done = min(size, len(seeds) - start)
-        chunks.append(generator(z, cond)[:done].float().cpu())
+        chunks.append(finish(generator(z, cond)[:done]).cpu())
         tick(done)
     return torch.cat(chunks) if chunks else torch.zeros(0, *shape)
 

@@ -185,7 +185,7 @@ def test_images_are_what_the_pairs_decode_to(tmp_path):
     assert make_images(tmp_path / "images", store) == [5, 5, 5, 5, 3]
     index = torch.tensor([0, 22, 7, 7, 14])
     found = pairs.Images(tmp_path / "images", IMAGES)[index]
-    expected = decode(store[index][1]).clamp(-1, 1)
+    expected = decode(store[index][0]).clamp(-1, 1)
     assert found.dtype == torch.uint8 and (expected.abs() == 1).any()
     assert (found / 127.5 - 1 - expected).abs().max() <= 0.5 / 127.5 + 1e-6
 

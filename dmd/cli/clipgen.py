@@ -211,7 +211,7 @@ def sample(argv: Sequence[str], prog: str) -> None:
     from dmd.clipgen import images, model
     from dmd.clipgen.chain import make_sampler
     from dmd.data import prompts
-    from dmd.data.images import to_float
+    from dmd.data.images import to_float, to_uint8
     from dmd.evaluation import save_grid
     from dmd.log import progress
 
@@ -240,7 +240,9 @@ def sample(argv: Sequence[str], prog: str) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for image, row, seed in zip(x, rows.tolist(), seeds * len(asked), strict=True):
         name = asked[row] if row < len(o.what) else Path(asked[row]).stem
-        save_png(image, out / f"{row:03d}-{slug(name)}-seed-{seed}.png", {"prompt": asked[row], "seed": str(seed)})
+        save_png(
+            to_uint8(image), out / f"{row:03d}-{slug(name)}-seed-{seed}.png", {"prompt": asked[row], "seed": str(seed)}
+        )
     if o.grid:
         save_grid(list(x.split(len(seeds))), out / "grid.png", max(1, 64 // x.shape[-1]), asked)
     print(f"{len(x)} images in {out}, {rate:.3g} images per second on {device.type}")

@@ -101,13 +101,14 @@ def sample(options: SampleOptions) -> None:
     import torch
 
     from dmd import teachers
+    from dmd.data.images import to_float
     from dmd.evaluation import save_grid
     from dmd.generate import Generator, guided_steps, student_generator
     from dmd.pipeline import Pipeline
 
     device = find_device(options.device)
-    autocast = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[options.precision]
-    student = teachers.load(options.student, device, autocast, None if options.teacher else options.variant)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[options.precision]
+    student = teachers.load(options.student, device, variant=None if options.teacher else options.variant, dtype=dtype)
     codec = student.codec if options.decoder == "full" else teachers.tiny_codec(options.decoder, device)
     prompts = prompts or list(student.classes)
     if not prompts:
@@ -124,7 +125,7 @@ def sample(options: SampleOptions) -> None:
         runs = [("many steps", student, guided_steps(student, scale, many_steps))]
     if options.teacher:
         source, guidance = teacher_of(Path(options.student))
-        teacher = teachers.load(source, device, autocast, options.variant)
+        teacher = teachers.load(source, device, variant=options.variant, dtype=dtype)
         scale = guidance if options.guidance_scale is None else options.guidance_scale
         runs.append(("teacher", teacher, guided_steps(teacher, scale, many_steps)))
 
@@ -141,7 +142,7 @@ def sample(options: SampleOptions) -> None:
         rows.append(x.unflatten(0, (len(prompts), len(seeds))))
         print(f"{name}: {len(x)} images in {out}, {rate:.3g} images per second on {device.type}")
     if options.grid:
-        grid = [row for each in zip(*rows, strict=True) for row in each]
+        grid = [to_float(row) for each in zip(*rows, strict=True) for row in each]
         titles = [f"{name}: {prompt}" for prompt in prompts for name, _, _ in runs]
         save_grid(grid, out / "grid.png", max(1, 64 // grid[0].shape[-1]), titles)
 
@@ -150,9 +151,10 @@ def _images(
     pipeline: Any, generator: Any, codec: Any, prompts: Sequence[str], seeds: Sequence[int], batch_size: int,
     device: Any, title: str,
 ) -> tuple[Any, float]:  # fmt: skip
-    """(len(prompts) * len(seeds), C, H, W) images, prompt by prompt, and how many a second."""
+    """(len(prompts) * len(seeds), C, H, W) uint8 images, prompt by prompt, and how many a second."""
     import torch
 
+    from dmd.data.images import to_uint8
     from dmd.generate import decoded, images
     from dmd.log import progress
     from dmd.pipeline import conditions
@@ -164,7 +166,7 @@ def _images(
         started = time.perf_counter()
         x = images(
             decoded(generator, codec), seed, conditions(pipeline, prompts), number, pipeline.shape, device, batch_size,
-            bar.update,
+            bar.update, to_uint8,
         )  # fmt: skip
         return x, len(seed) / (time.perf_counter() - started)
 
@@ -223,9 +225,7 @@ def save_png(image: Any, path: Path, facts: dict[str, str]) -> None:
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
-    from dmd.data.images import to_uint8
-
-    array = to_uint8(image).permute(1, 2, 0).contiguous().numpy()
+    array = image.permute(1, 2, 0).contiguous().numpy()
     info = PngInfo()
     for key, value in facts.items():
         info.add_itxt(key, value)

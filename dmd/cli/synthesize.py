@@ -207,10 +207,10 @@ def build(options: SynthesizeOptions, captions: list[str] | None = None) -> "Job
     o = options
     captions = read_captions(o.captions)[0] if captions is None else captions
     device = find_device(_local_device(o.device))
-    autocast = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[o.precision]
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[o.precision]
     folder, scale = teacher_of(Path(o.student)) if o.teacher else (o.student, 1.0)
     scale = scale if o.guidance_scale is None else o.guidance_scale
-    pipeline = teachers.load(folder, device, autocast)
+    pipeline = teachers.load(folder, device, dtype=dtype)
     pipeline.encode(captions if pipeline.classes else captions[:1])  # refuses unknown classes before anything is made
     codec = pipeline.codec if o.decoder == "full" else teachers.tiny_codec(o.decoder, device)
     steps = o.steps or (50 if o.teacher else 1)

@@ -218,7 +218,8 @@ def _network(kind: Any, folder: Path, variant: str | None, dtype: torch.dtype, d
     wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if wrong:
         raise InputError(f"{folder} lacks tensors of its {kind.__name__}: {len(wrong)} of them, such as {wrong[0]!r}")
-    return nn.Module.to(network, device=device, dtype=dtype).eval()  # diffusers' own `to` logs an empty notice
+    network = nn.Module.to(network, device=device, dtype=dtype)  # diffusers' own `to` logs an empty notice
+    return network.to(memory_format=torch.channels_last).eval()  # which convolutions are faster in, everywhere
 
 
 def tokenizer(path: Path) -> Any:
