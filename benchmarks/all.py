@@ -98,7 +98,9 @@ def speed(runs: int, small: bool, dtype: torch.dtype) -> list[Line]:
     todo = sampling.works(parts, 1, 1)
     kinds = ("one step", "bare calls", "teacher")
     wanted = ["guided steps", *(f"{kind}, {codec}" for codec in parts.codecs for kind in kinds)]
-    found = sampling.extrapolated(sampling.measure({name: todo[name] for name in wanted}, runs), STEPS)
+    found = sampling.extrapolated(
+        sampling.measure({n: todo[n] for n in wanted}, runs, warm_up=int(device.type == "cuda")), STEPS
+    )
     note = f"{STEPS} steps extrapolated from 1, {str(dtype).removeprefix('torch.')}"
     lines = []
     for codec, least, most in (("full", 24.0, 3.4), ("tiny", 80.0, 1.3)):

@@ -22,9 +22,14 @@ HERE = Path(__file__).parent
 PACKAGES = ("diffusers", "transformers", "accelerate")
 
 
+def plain_parser(text: str | None) -> argparse.ArgumentParser:
+    """Flags of a command whose help is its docstring as it stands."""
+    return argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
 def parser(text: str | None) -> argparse.ArgumentParser:
-    """A benchmark's flags: its docstring as it stands, and `--json`."""
-    found = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """A benchmark's flags: as above, and `--json`."""
+    found = plain_parser(text)
     found.add_argument("--json", type=Path, metavar="FILE", help="write the last line there too")
     return found
 

@@ -240,19 +240,19 @@ def set_mode(parts: Parts, mode: str) -> None:
 
 
 @torch.no_grad()
-def measure(todo: dict[str, Callable[[], object]], runs: int) -> dict[str, Measured]:
-    """Every work `runs` times, in turns."""
+def measure(todo: dict[str, Callable[[], object]], runs: int, warm_up: int = 1) -> dict[str, Measured]:
+    """Every work `runs` times, in turns, after one call that counts and `warm_up` that compile, where that is asked."""
     counted, memory = {}, {}
     for name, work in todo.items():
         with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
             work()
         counted[name] = counter.get_total_flops()
-        work()  # compiles, where that is asked for
+    times = in_turns({name: partial(marked, work) for name, work in todo.items()}, runs, warm_up)
+    for name, work in todo.items():
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        work()
+            marked(work)
         memory[name] = peak_memory()
-    times = in_turns({name: partial(marked, work) for name, work in todo.items()}, runs)
     return {name: Measured(times[name], counted[name], memory[name]) for name in todo}
 
 
@@ -307,8 +307,6 @@ def main() -> None:
     options = parser.parse_args()
     if options.runs < 2 or options.steps < 1 or min(options.batch_sizes) < 1:
         parser.error("--runs must be at least 2, --steps and --batch-sizes at least 1")
-    if "eager" not in options.modes:
-        options.modes.append("eager")  # operations are counted there
     say_machine()
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

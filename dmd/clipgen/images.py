@@ -5,7 +5,6 @@ Whatever lies beside the images, captions above all, is not opened.
 
 import hashlib
 import io
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dmd import log
+from dmd.data import tar
 from dmd.data.images import NPZ_ERRORS, SUFFIXES, read_image
 from dmd.errors import InputError
 
@@ -78,19 +78,11 @@ class _Member(io.BytesIO):
 
 def _shard(path: Path) -> Iterator[np.ndarray]:
     """Images of a .tar file; members with other names are passed over unread."""
-    try:
-        with tarfile.open(path, "r:") as archive:
-            for member in archive:
-                if not member.isreg() or Path(member.name).suffix.lower() not in SUFFIXES:
-                    continue
-                where = f"{path}, member {member.name!r}"
-                if member.size > MAX_MEMBER:
-                    raise InputError(f"{where} has {member.size} bytes: an image has at most {MAX_MEMBER}")
-                file: Any = archive.extractfile(member)
-                source: Any = _Member(file.read(), where)
-                yield read_image(source, None)
-    except (tarfile.TarError, EOFError) as error:
-        raise InputError(f"{path} is not a whole .tar file: {error}") from None
+    for member in tar.members(path):
+        if Path(member.name).suffix.lower() in SUFFIXES:
+            content = tar.content(path, member, MAX_MEMBER, "an image")
+            source: Any = _Member(content, f"{path}, member {member.name!r}")
+            yield read_image(source, None)
 
 
 def _npz(path: Path) -> Iterator[np.ndarray]:

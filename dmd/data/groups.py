@@ -24,7 +24,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from dmd.data import captioned, prompts
 from dmd.data.images import plain
-from dmd.data.tar import members
+from dmd.data.tar import members, split
 from dmd.errors import InputError
 from dmd.seeding import Stream, bits
 from dmd.shards import KIND, MANIFEST
@@ -194,7 +194,7 @@ def _samples(path: Path, count: int | None, broken: Broken) -> Iterator[_Sample]
     try:
         with open(path, "rb") as file:
             for member in members(path):
-                key, extension = prompts.split(member.name)
+                key, extension = split(member.name)
                 if key != current.key:
                     if current.image is not None:
                         yield current

@@ -4,13 +4,12 @@ Nothing is unpickled and no code of an archive runs: of a shard only members end
 """
 
 import json
-import os
-import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dmd.data import tar
 from dmd.errors import InputError
 
 KEYS = ("text", "caption")
@@ -179,55 +178,9 @@ def _tar(path: Path) -> Found:
 
     A sample is a run of members whose names are equal up to the first dot of the file name.
     """
-    try:
-        with tarfile.open(path, "r:") as archive:
-            current = ""
-            captions: dict[str, tuple[str, str]] = {}
-            for member in archive:
-                sample, extension = split(member.name)
-                if sample != current:
-                    yield from _caption(captions)
-                    current, captions = sample, {}
-                if member.isreg() and extension in ("txt", "json"):
-                    captions[extension] = _content(path, archive, member)
-            yield from _caption(captions)
-            check_end(path, archive)
-    except (tarfile.TarError, EOFError) as error:
-        raise InputError(f"{path} is not a whole .tar file: {error}") from None
-
-
-def split(name: str) -> tuple[str, str]:
-    """Member name to (sample, extension), as webdataset cuts it: at the first dot of the last component."""
-    folder, base = os.path.split(name)
-    stem, _, extension = base.partition(".")
-    return f"{folder}/{stem}", extension.lower()
-
-
-def _caption(captions: dict[str, tuple[str, str]]) -> Found:
-    if "txt" in captions:
-        yield captions["txt"]
-    elif "json" in captions:
-        where, text = captions["json"]
-        yield where, _member_of_json(where, text)
-
-
-def _content(path: Path, archive: tarfile.TarFile, member: tarfile.TarInfo) -> tuple[str, str]:
-    where = f"{path}, member {member.name!r}"
-    if member.size > MAX_MEMBER:
-        raise InputError(f"{where} has {member.size} bytes: a caption has at most {MAX_MEMBER}")
-    file = archive.extractfile(member)
-    return where, _decoded(where, file.read() if file else b"")
-
-
-def check_end(path: Path, archive: tarfile.TarFile) -> None:
-    """tarfile takes a damaged header after the first for the end of the archive, so look whether it is one.
-
-    Raises:
-        InputError: it is not.
-    """
-    with open(path, "rb") as file:
-        file.seek(archive.offset)
-        if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
-            raise InputError(
-                f"{path} is not a whole .tar file: the member at byte {archive.offset} has no valid header"
-            )
+    for members in tar.samples(path):
+        member = members.get("txt") or members.get("json")
+        if member is not None:
+            where = f"{path}, member {member.name!r}"
+            text = _decoded(where, tar.content(path, member, MAX_MEMBER, "a caption"))
+            yield where, text if "txt" in members else _member_of_json(where, text)

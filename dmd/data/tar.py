@@ -57,6 +57,45 @@ def members(path: Path) -> Iterator[Member]:
             file.seek(position)
 
 
+def samples(path: Path) -> Iterator[dict[str, Member]]:
+    """Webdataset's samples: runs of members whose names are equal up to the first dot of the file name.
+
+    Each is its members by extension, in lower case; of several with one extension the last counts. Raises as `members`.
+    """
+    current, found = "", dict[str, Member]()
+    for member in members(path):
+        sample, extension = split(member.name)
+        if sample != current and found:
+            yield found
+            found = {}
+        current = sample
+        found[extension] = member
+    if found:
+        yield found
+
+
+def split(name: str) -> tuple[str, str]:
+    """Member name to (sample, extension), as webdataset cuts it: at the first dot of the last component."""
+    folder, base = os.path.split(name)
+    stem, _, extension = base.partition(".")
+    return f"{folder}/{stem}", extension.lower()
+
+
+def content(path: Path, member: Member, most: int, what: str) -> bytes:
+    """The bytes of a member.
+
+    Raises:
+        InputError: it claims more than `most` bytes, which none of `what` ("an image") has.
+        OSError: it cannot be read.
+    """
+    if member.size > most:
+        where = f"{path}, member {member.name!r}"
+        raise InputError(f"{where} has {member.size} bytes: {what} has at most {most}")
+    with open(path, "rb") as file:
+        file.seek(member.offset)
+        return file.read(member.size)
+
+
 def _long_name(path: Path, file: BinaryIO, info: tarfile.TarInfo) -> str | None:
     """The name that an extended header gives the next member; None if it is about other things."""
     if info.size > MAX_EXTENDED:

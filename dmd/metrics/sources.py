@@ -5,7 +5,6 @@ Nothing is resized, cropped or put on a background here; that is the protocol's 
 
 import hashlib
 import io
-import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dmd.data import captioned, prompts
+from dmd.data import captioned, prompts, tar
 from dmd.data.images import NPZ_ERRORS, SUFFIXES, ImageSet, read_image
 from dmd.errors import InputError
 
@@ -261,41 +260,31 @@ def _tars(path: Path, shards: Sequence[Path]) -> Encoded:
 
 def _samples(shard: Path) -> Iterator[tuple[Entry, str | None]]:
     """Image and caption of each sample: a run of members whose names are equal up to their extension."""
+    for members in tar.samples(shard):
+        images = [member for extension, member in members.items() if f".{extension}" in SUFFIXES]
+        if not images:
+            continue
+        where = f"{shard}, member {images[-1].name!r}"
+        if images[-1].size > MAX_MEMBER:
+            raise InputError(f"{where} has {images[-1].size} bytes: an image has at most {MAX_MEMBER}")
+        texts = {e: _text(shard, member) for e, member in members.items() if e in ("txt", "json")}
+        yield Entry(shard, images[-1].offset, images[-1].size, where), _caption(where, texts)
+
+
+def _text(shard: Path, member: tar.Member) -> str:
     try:
-        with tarfile.open(shard, "r:") as archive:
-            current, image, texts = "", None, dict[str, str]()
-            for member in archive:
-                sample, extension = prompts.split(member.name)
-                if sample != current:
-                    if image is not None:
-                        yield image, _caption(image, texts)
-                    current, image, texts = sample, None, {}
-                where = f"{shard}, member {member.name!r}"
-                if not member.isreg() or member.issparse():
-                    continue
-                if f".{extension}" in SUFFIXES:
-                    if member.size > MAX_MEMBER:
-                        raise InputError(f"{where} has {member.size} bytes: an image has at most {MAX_MEMBER}")
-                    image = Entry(shard, member.offset_data, member.size, where)
-                elif extension in ("txt", "json") and member.size <= MAX_CAPTION:
-                    content = archive.extractfile(member)
-                    texts[extension] = content.read().decode("utf-8") if content else ""
-            if image is not None:
-                yield image, _caption(image, texts)
-            prompts.check_end(shard, archive)
+        return tar.content(shard, member, MAX_CAPTION, "a caption").decode("utf-8")
     except UnicodeDecodeError:
-        raise InputError(f"{shard} has a caption that is not UTF-8: save it as UTF-8") from None
-    except (tarfile.TarError, EOFError) as error:
-        raise InputError(f"{shard} is not a whole .tar file: {error}") from None
+        raise InputError(f"{shard}, member {member.name!r} is not UTF-8: save the caption as UTF-8") from None
 
 
-def _caption(image: Entry, texts: dict[str, str]) -> str | None:
+def _caption(where: str, texts: dict[str, str]) -> str | None:
     """A sample's .txt, or the text or caption of its .json."""
     if "txt" in texts:
         return texts["txt"].strip()
     if "json" not in texts:
         return None
     try:
-        return prompts.caption_of(image.name, texts["json"])
+        return prompts.caption_of(where, texts["json"])
     except InputError:  # a .json with other facts
         return None

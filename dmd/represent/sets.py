@@ -216,7 +216,7 @@ def _samples(shard: Path) -> Iterator[tuple[Entry, str | int]]:
     """Image and label of each run of members whose names are equal up to their extension."""
     runs: dict[str, dict[str, tar.Member]] = {}
     for member in tar.members(shard):
-        sample, extension = prompts.split(member.name)
+        sample, extension = tar.split(member.name)
         runs.setdefault(sample, {}).setdefault(extension, member)
     with open(shard, "rb") as file:
         for parts in runs.values():

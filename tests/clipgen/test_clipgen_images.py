@@ -99,6 +99,11 @@ def test_bad_input_gets_a_sentence(tmp_path, layouts):
     (tmp_path / "cut.tar").write_bytes(whole[:700])
     with pytest.raises(InputError, match=r"cut\.tar"):
         images.read(tmp_path / "cut.tar", 12)
+    (tmp_path / "damaged.tar").write_bytes(
+        whole.replace(b"1.png", b"\1.png", 1)
+    )  # the fourth header's checksum is wrong
+    with pytest.raises(InputError, match=r"damaged\.tar is not a whole \.tar file: byte \d+ begins no member"):
+        images.read(tmp_path / "damaged.tar", 12)
 
 
 def test_batches_are_pure_and_shared_out(pixels):
