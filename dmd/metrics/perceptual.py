@@ -68,9 +68,10 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _load_trunk(trunk: Any, tensors: dict[str, Tensor], path: Path) -> None:
-    """Fill lpips' slices ("slice1.0.weight") from torchvision's names ("features.0.weight")."""
+    """Fill lpips' slices ("slice1.0.weight") from torchvision's names ("features.0.weight", or "0.weight" alone)."""
     for name, parameter in trunk.named_parameters():
-        source = tensors.get(re.sub(r"^slice\d+\.", "features.", name))
+        layer = re.sub(r"^slice\d+\.", "", name)
+        source = tensors.get(f"features.{layer}", tensors.get(layer))
         if source is None or source.shape != parameter.shape:
             raise InputError(f"--lpips-weights {path} belongs to another network: it has no fitting {name!r}")
         parameter.data.copy_(source)
