@@ -2,11 +2,10 @@
 
 The parts are the network calls that the method cannot do without: the student's forward and backward on noises and
 pairs, through the regression's distance; the real and the fake score's forward; the fake score's forward and backward;
-for text to image the text encoder's forward besides. The iteration also diffuses, computes the losses, clips and checks
-gradients, updates two networks and an average, and has its batch drawn, as in training one step ahead in a thread
-(`--serial`: before it). Printed: how much of it is bare work (target: 95 % or more), model FLOPs utilisation (the
-parts' floating-point operations over what a large matrix product reaches on the same device), how often each network
-was called (target: no hidden pass), and the memory held at most.
+for text to image the text encoder's forward besides. The iteration also draws its batch, diffuses, computes the losses,
+clips and checks gradients, updates two networks and an average. Printed: how much of it is bare work (target: 95 % or
+more), model FLOPs utilisation (the parts' floating-point operations over what a large matrix product reaches on the
+same device), how often each network was called (target: no hidden pass), and the memory held at most.
 
 --random measures at the size of Stable Diffusion 1.5 with random weights, LPIPS's VGG included, in the place of what
 `sd15` reads. --batch-size and --pair-batch-size are what the process does in one iteration, so give what a GPU holds.
@@ -26,7 +25,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import common, sampling
 from benchmarks.common import finish, matmul_rate, middle, peak_memory, say_machine, seconds
 from dmd import build, pairs
-from dmd.batches import Ahead
 from dmd.cli import flags
 from dmd.config import Config
 from dmd.denoiser import NetworkDenoiser
@@ -151,7 +149,6 @@ def counted(task: Distiller, step: Callable[[], object]) -> dict[str, int]:
 
 def main() -> None:
     parser = common.parser(__doc__)
-    parser.add_argument("--serial", action="store_true", help="draw each batch before its step, not in a thread")
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--quick", action="store_true", help="5 runs")
     parser.add_argument("--random", action="store_true", help="the size of Stable Diffusion 1.5, random weights")
@@ -180,10 +177,8 @@ def main() -> None:
         rows = config.distill.batch_size + config.distill.pair_batch_size
         parts = bare(task, batches(0).batches, text_calls(pipeline, asked[:rows]))
 
-        drawn = batches if options.serial else Ahead(batches)
-
         def iteration(step: int) -> None:
-            task.step(step, drawn(step))
+            task.step(step, batches(step))
 
         calls = counted(task, partial(iteration, 0))  # compiles, too, where that is asked for
         flops = operations(parts)
@@ -206,7 +201,7 @@ def main() -> None:
     print(f"  memory           {memory:9.0f} MiB at most")
     print(f"  calls            {calls}")
     finish("step", {
-        "preset": config.preset, "flags": rest, "serial": options.serial,
+        "preset": config.preset, "flags": rest,
         "step_ms": step * 1e3, "bare_ms": parts_time * 1e3,
         "ratio": parts_time / step, "mfu": flops / step / peak, "peak_mib": memory, "calls": calls,
     }, options.json)  # fmt: skip

@@ -1,9 +1,8 @@
 """What each training step sees, as a pure function of (seed, step, process): nothing to save, nothing to replay."""
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -155,30 +154,6 @@ class DistillBatches:
 
     def _to(self, x: Tensor) -> Tensor:
         return x.to(self.share.device, non_blocking=True)
-
-
-T = TypeVar("T")
-
-
-class Ahead(Generic[T]):
-    """Batches that are drawn one step ahead, in a thread, while the step before is computed. Since a batch is a pure
-    function of its step, the numbers are the same.
-
-    Args:
-        batches: step to batch.
-    """
-
-    def __init__(self, batches: Callable[[int], T]):
-        self.batches = batches
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
-        self._next: tuple[int, Future[T]] | None = None
-
-    def __call__(self, step: int) -> T:
-        """The batch of a step; what its drawing raised is raised here."""
-        known, self._next = self._next, None
-        batch = known[1].result() if known is not None and known[0] == step else self.batches(step)
-        self._next = (step + 1, self._pool.submit(self.batches, step + 1))
-        return batch
 
 
 @dataclass(frozen=True)

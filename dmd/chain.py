@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dmd import build, checkpoint, evaluation, ranking, teachers
-from dmd.batches import Ahead, DistillBatches
+from dmd.batches import DistillBatches
 from dmd.build import Workplace
 from dmd.codec import Codec
 from dmd.config import Config
@@ -156,7 +156,7 @@ class Chain:
         run = Run(
             self.folder,
             distiller,
-            Ahead(batches),
+            batches,
             Cadence(
                 d.max_train_steps,
                 config.run.log_every,

@@ -1,13 +1,12 @@
 """Draws do not depend on processes or accumulation; times, classes, flips and dropped labels are distributed right."""
 
 import dataclasses
-import threading
 
 import pytest
 import scipy.stats
 import torch
 
-from dmd.batches import Ahead, DistillBatches, Share, TeachBatches
+from dmd.batches import DistillBatches, Share, TeachBatches
 from dmd.errors import InputError
 
 SHAPE = (1, 2, 2)
@@ -43,32 +42,6 @@ def distil(share=Share(), **changes):  # noqa: B008 (frozen)
         "critic_steps": 3,
     }
     return DistillBatches(**(arguments | changes))
-
-
-class Refused(Exception):
-    pass
-
-
-def test_batches_drawn_ahead_are_the_same_in_any_order_and_come_in_time():
-    plain, drawn = distil(), {}
-    events = {step: threading.Event() for step in range(12)}
-
-    def batches(step):
-        drawn[step] = threading.current_thread().name
-        if step == 8:
-            raise Refused
-        events[step].set()
-        return plain(step)
-
-    ahead = Ahead(batches)
-    for step in (0, 1, 2, 5, 6, 2, 3):  # as after a resume, too
-        assert torch.equal(ahead(step).batches[0].noise, plain(step).batches[0].noise)
-        assert events[step + 1].wait(20)  # before anybody asks for it
-    assert drawn[1].startswith("batches") and not drawn[0].startswith("batches")
-    ahead(7)  # draws the bad one, which is told when it is asked for
-    with pytest.raises(Refused):
-        ahead(8)
-    assert torch.equal(ahead(9).batches[0].t, plain(9).batches[0].t)
 
 
 def image(index):

@@ -4,7 +4,6 @@ Only safetensors are read, and no code but that of diffusers and transformers ru
 """
 
 import functools
-import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -53,7 +52,6 @@ class TextEncoder:
         self.network = network
         self.length = min(tokenizer.model_max_length, network.config.max_position_embeddings)
         self._warned = False
-        self._one = threading.Lock()  # tokenizers hold settings, and batches are drawn in a thread
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Cond:
@@ -62,12 +60,11 @@ class TextEncoder:
         Longer prompts are cut; the first that is cut gives a warning, once per encoder.
         """
         prompts = list(prompts)
-        with self._one:
-            if not self._warned:
-                self._warn_if_cut(prompts)
-            tokens = self.tokenizer(
-                prompts, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
-            )
+        if not self._warned:
+            self._warn_if_cut(prompts)
+        tokens = self.tokenizer(
+            prompts, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
+        )
         return {"text": self.network(tokens.input_ids.to(self.network.device))[0].float()}
 
     @functools.cached_property
