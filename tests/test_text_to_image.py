@@ -265,12 +265,12 @@ def test_images_do_not_depend_on_their_batch(world):
 def test_teacher_and_student_side_by_side(world, capsys):
     folder = world / "run" / "student"
     options = ["--teacher", "--steps", "2", "--guidance-scale", "3", "--seeds", "0-1", "--device", "cpu"]
-    sample.main([*PROMPTS[:2], "--student", str(folder), "--out", str(world / "one-unet"), *options])
-    names = sorted(p.name for p in (world / "one-unet").iterdir())
+    sample.main([*PROMPTS[:2], "--student", str(folder), "--out", str(world / "both"), *options])
+    names = sorted(p.name for p in (world / "both").iterdir())
     assert (
         len([n for n in names if n.startswith("student-")]) == len([n for n in names if n.startswith("teacher-")]) == 4
     )
-    with Image.open(world / "one-unet" / "grid.png") as grid:
+    with Image.open(world / "both" / "grid.png") as grid:
         assert [t.split(":")[0] for t in grid.text["rows"].split(" | ")] == ["student", "teacher"] * 2
     assert re.search(r"teacher: 4 images in .*, [\d.e+]+ images per second on cpu", capsys.readouterr().out)
 
