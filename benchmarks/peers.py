@@ -30,7 +30,7 @@ from dmd import seeding, shipped
 from dmd.codec import Codec
 from dmd.denoiser import Guided
 from dmd.errors import InputError
-from dmd.generate import Generator, images, student_generator, teacher_generator
+from dmd.generate import Generator, student_generator, teacher_generator
 from dmd.noise import DDPM
 from dmd.seeding import Stream
 from dmd.solvers import ddim
@@ -110,20 +110,10 @@ def pairings(parts: Parts, batch: int, steps: int) -> dict[str, Pairing]:
     unet: Any = parts.denoiser.get_submodule("net.unet")
     schedule: Any = parts.denoiser.schedule
     prompts = [f"a photograph of a small red circle, number {i}" for i in range(batch)]
-    seeds = torch.arange(batch)
-    z = seeding.normal(0, Stream.SAMPLE, 0, seeds, parts.shape).to(unet.device)
+    z = seeding.normal(0, Stream.SAMPLE, 0, torch.arange(batch, device=unet.device), parts.shape)
 
     def ours(sampler: Generator, codec: Codec) -> Tensor:
-        x = images(
-            lambda noise, c: codec.decode(sampler(noise, c)),
-            seeds,
-            lambda numbers: parts.text.encode([prompts[i] for i in numbers.tolist()]),
-            seeds,
-            parts.shape,
-            unet.device,
-            batch,
-        )
-        return (x / 2 + 0.5).clamp(0, 1)
+        return (sampling.drawn(parts, prompts, sampler, codec, Tensor.float) / 2 + 0.5).clamp(0, 1)
 
     def stock(pipe: Any, count: int, scale: float, latents: Tensor | None) -> Tensor:
         draws = None if latents is not None else [torch.Generator().manual_seed(i) for i in range(batch)]

@@ -15,7 +15,7 @@ a GPU only two of the teacher's steps are run, unless with --full, and its times
 
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from dmd.codec import KL, Codec, Tiny
 from dmd.data.images import to_uint8
 from dmd.denoiser import Guided, NetworkDenoiser, epsilon
 from dmd.errors import InputError
-from dmd.generate import Generator, images, student_generator, teacher_generator
+from dmd.generate import Generator, decoded, images, student_generator, teacher_generator
 from dmd.noise import DDPM
 from dmd.solvers import ddim
 from dmd.teachers import miniature, stable_diffusion
@@ -167,6 +167,23 @@ def with_tiny(denoiser: NetworkDenoiser, text: TextEncoder, shape: tuple[int, ..
     return Parts(denoiser.eval(), text, shape, enlargement, {"full": full, "tiny": Tiny(tiny)})
 
 
+def drawn(
+    parts: Parts, prompts: Sequence[str], sampler: Generator, codec: Codec, finish: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """An image of each prompt, of seeds 0, 1, ..., in one batch and on the CPU, by the code that users run."""
+    seeds = torch.arange(len(prompts))
+    return images(
+        decoded(sampler, codec),
+        seeds,
+        lambda numbers: parts.text.encode([prompts[i] for i in numbers.tolist()]),
+        seeds,
+        parts.shape,
+        next(parts.denoiser.parameters()).device,
+        len(prompts),
+        finish=finish,
+    )
+
+
 def works(parts: Parts, batch: int, steps: int) -> dict[str, Callable[[], object]]:
     """What is timed, by name: networks alone, bare calls one after the other, and what users run."""
     unet: Any = parts.denoiser.get_submodule("net.unet")
@@ -176,7 +193,6 @@ def works(parts: Parts, batch: int, steps: int) -> dict[str, Callable[[], object
         prompts, padding="max_length", max_length=parts.text.length, truncation=True, return_tensors="pt"
     )
     ids = tokens.input_ids.to(unet.device)
-    seeds = torch.arange(batch)
     x = torch.randn(batch, *parts.shape, device=unet.device, dtype=unet.dtype)
     index = torch.full((batch,), 999, device=unet.device)
     cond = parts.text.encode(prompts)
@@ -187,16 +203,7 @@ def works(parts: Parts, batch: int, steps: int) -> dict[str, Callable[[], object
         vae.decode(unet(x, index, text(ids)[0], return_dict=False)[0])
 
     def from_prompts(sampler: Generator, codec: Codec) -> Tensor:
-        return images(
-            lambda z, c: codec.decode(sampler(z, c)),
-            seeds,
-            lambda numbers: parts.text.encode([prompts[i] for i in numbers.tolist()]),
-            seeds,
-            parts.shape,
-            unet.device,
-            batch,
-            finish=to_uint8,
-        )
+        return drawn(parts, prompts, sampler, codec, to_uint8)
 
     one, many = student_generator(parts.denoiser), teacher_generator(teacher, ddim, steps)
     found: dict[str, Callable[[], object]] = {

@@ -1,15 +1,12 @@
 """Everything a user can set, as frozen dataclasses; presets; JSON in and out. The commands' flags are these fields."""
 
-import dataclasses
-import json
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from tyro.conf import Suppress
 
+from dmd import settings
 from dmd.errors import InputError
 
 
@@ -268,28 +265,20 @@ def check(config: Config) -> None:
         "--p-std": config.teacher.p_std, "--lpips-size": d.lpips_size,
         "--fake-learning-rate": d.learning_rate if d.fake_learning_rate is None else d.fake_learning_rate,
     }  # fmt: skip
-    for flag, value in positive.items():
-        if not 0 < value < math.inf:
-            raise InputError(f"{flag} is {value}: it must be a number greater than 0")
+    settings.require_positive(positive)
     not_negative = {
         "--teach-steps": config.teacher.teach_steps, "--lr-warmup-steps": d.lr_warmup_steps,
         "--lr-cooldown-steps": d.lr_cooldown_steps, "--weight-decay": d.weight_decay, "--lambda-reg": d.lambda_reg,
         "--fake-lora-rank": config.memory.fake_lora_rank, "--student-lora-rank": config.memory.student_lora_rank,
         "--eval-every": e.eval_every, "--checkpointing-steps": r.checkpointing_steps,
     }  # fmt: skip
-    for flag, value in not_negative.items():
-        if not 0 <= value < math.inf:
-            raise InputError(f"{flag} is {value}: it must be a number of at least 0")
+    settings.require_not_negative(not_negative)
     below_one = {
         "--ema": d.ema, "--teach-ema": config.teacher.teach_ema,
         "--adam-beta1": d.adam_beta1, "--adam-beta2": d.adam_beta2,
     }  # fmt: skip
-    for flag, value in below_one.items():
-        if not 0 <= value < 1:
-            raise InputError(f"{flag} is {value}: it must be at least 0 and below 1")
-    for flag, value in {"--guidance": config.pairs.guidance, "--p-mean": config.teacher.p_mean}.items():
-        if not math.isfinite(value):
-            raise InputError(f"{flag} is {value}: it must be a finite number")
+    settings.require_below_one(below_one)
+    settings.require_finite({"--guidance": config.pairs.guidance, "--p-mean": config.teacher.p_mean})
     if not 0 <= config.teacher.label_dropout <= 1:
         raise InputError(f"--label-dropout is {config.teacher.label_dropout}: it must be within 0 and 1")
     given = config.teacher.teacher is not None
@@ -324,8 +313,7 @@ def check(config: Config) -> None:
             f"--store-images {config.pairs.store_images} is for the regression on whole decoded images: leave it out "
             "with --regression-on latents or --regression-crop"
         )
-    if not 0 <= r.seed < 2**64:
-        raise InputError(f"--seed is {r.seed}: it must be at least 0 and below 2**64")
+    settings.require_seed(r.seed)
     if config.data.channels not in (1, 3):
         raise InputError(f"--channels is {config.data.channels}: it must be 1 or 3")
     if d.objective != "regression" and d.batch_size < 1:
@@ -349,55 +337,9 @@ def check(config: Config) -> None:
         )
 
 
-def to_json(config: Config) -> dict[str, Any]:
-    """Plain nested dictionaries; `from_json` reads them back."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def from_json(raw: Mapping[str, Any], where: str) -> Config:
-    """A config from `to_json`'s form. Raises InputError for unknown keys, naming them and `where` they are."""
-    return _read(Config, raw, where)
-
-
-def _read(kind: Any, raw: Mapping[str, Any], where: str) -> Any:
-    types = {f.name: f for f in fields(kind)}
-    if not isinstance(raw, Mapping):
-        raise InputError(f"{where} has {raw!r} where an object is due, with the keys {', '.join(types)}")
-    values = {}
-    for key, value in raw.items():
-        if key not in types:
-            raise InputError(f"{where} has the unknown key {key!r}: {kind.__name__} knows {', '.join(types)}")
-        nested = types[key].default_factory
-        if dataclasses.is_dataclass(nested):
-            value = _read(nested, value, where)
-        values[key] = tuple(value) if isinstance(value, list) else value
-    return kind(**values)
-
-
 def read(path: Path) -> Config:
-    """The config.json of a run. Raises InputError if it is missing, damaged or has unknown keys."""
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise InputError(f"{path} does not exist: give a run directory") from None
-    except ValueError:
-        raise InputError(f"{path} is not valid JSON: restore it, or start over with --fresh") from None
-    if not isinstance(raw, dict):
-        raise InputError(f"{path} is not a JSON object: it should be a run's configuration")
-    return from_json(raw, str(path))
-
-
-def require_same(old: Config, new: Config, where: str) -> None:
-    """Raises InputError naming the first option, other than `RESUMABLE` ones, in which a resumed run differs."""
-    for group in (f.name for f in fields(Config) if f.name != "preset"):
-        a, b = getattr(old, group), getattr(new, group)
-        for f in fields(a):
-            before, now = getattr(a, f.name), getattr(b, f.name)
-            if f.name not in RESUMABLE and before != now:
-                raise InputError(
-                    f"{where} holds another run ({f.name} was {before!r}, now {now!r}): give another --output-dir, "
-                    f"or start over with --fresh"
-                )
+    """The config.json of a run. Raises InputError if it is missing, damaged, or of another command."""
+    return settings.read(Config, path, "dmd train")
 
 
 PRESETS: dict[str, Config] = {

@@ -40,6 +40,10 @@ class NotFinite(ArithmeticError):
     """A loss or gradient is NaN or infinite; no weight has been changed by it."""
 
 
+class Stopped(Exception):
+    """A run was told to stop before its end; all is saved."""
+
+
 @dataclass(frozen=True)
 class Cadence:
     """How long a run is, and how often it does what. All in steps; 0 means never (except for the last step).

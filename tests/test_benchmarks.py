@@ -67,6 +67,7 @@ def test_what_lies_in_memory_is_what_the_reference_counts():
     assert at_rest(counts, CASES["two networks, checkpointing, 8-bit Adam"]) < two - 2 * 859_520_964 * 5.9
 
 
+@pytest.mark.slow
 def test_a_pass_is_counted_as_autograd_saves_it():
     """At a small size: without recomputation at least what autograd holds between the passes; with it, less."""
     from benchmarks.memory import count

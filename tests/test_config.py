@@ -6,19 +6,9 @@ import math
 
 import pytest
 
-from dmd.config import (
-    PRESETS,
-    RESUMABLE,
-    Config,
-    check,
-    from_json,
-    preset,
-    read,
-    require_same,
-    to_json,
-    with_run,
-)
+from dmd.config import PRESETS, RESUMABLE, Config, check, preset, read, with_run
 from dmd.errors import InputError
+from dmd.settings import from_json, require_same, to_json
 
 
 def change(config, group, **values):
@@ -46,14 +36,14 @@ def test_presets_are_valid_and_survive_json(name):
     config = preset(name)
     check(config)
     assert config.preset == name
-    assert from_json(json.loads(json.dumps(to_json(config))), "here") == config
+    assert from_json(Config, json.loads(json.dumps(to_json(config))), "here") == config
 
 
 @pytest.mark.parametrize(("group", "option"), options())
 def test_every_option_survives_json(group, option):
     config = change(Config(), group, **{option: other_value(getattr(getattr(Config(), group), option))})
     assert config != Config()
-    assert from_json(to_json(config), "here") == config
+    assert from_json(Config, to_json(config), "here") == config
 
 
 def test_a_run_directorys_config_is_read(tmp_path):
@@ -99,10 +89,10 @@ def test_a_resumed_run_may_change_nothing_but_how_long_and_where(group, option):
     before = getattr(getattr(Config(), group), option)
     other = change(Config(), group, **{option: other_value(before)})
     if option in RESUMABLE:
-        require_same(Config(), other, "runs/x")
+        require_same(Config(), other, RESUMABLE, "runs/x")
     else:
         with pytest.raises(InputError, match=f"runs/x holds another run .{option} was "):
-            require_same(Config(), other, "runs/x")
+            require_same(Config(), other, RESUMABLE, "runs/x")
 
 
 def test_resumable_options_exist():

@@ -187,6 +187,19 @@ def test_a_teacher_s_variant_is_read_and_its_student_written(world, tmp_path):
     assert len(list((tmp_path / "out").glob("teacher-*.png"))) == 1
 
 
+def first_pairs(world, run):
+    """The teacher of a run, its first batch, and the student's first samples from the noise of the pairs."""
+    config = read(run / "config.json")
+    teacher = build.load_teacher(config, None, build.workplace(config), world / "teacher")
+    asked = build.prompts(config, None)
+    spec = build.pair_spec(config, teacher, asked)
+    store = Pairs(build.pair_folder(config, spec), spec)
+    batch = build.distill_batches(config, teacher, asked, store, build.workplace(config))(0).batches[0]
+    with torch.no_grad():
+        x = one_step(teacher.denoiser, batch.z_ref, {k: v[len(batch.z) :] for k, v in batch.cond.items()})
+    return teacher, batch, x
+
+
 def test_regression_can_be_of_a_crop_and_through_a_tiny_decoder(world, tmp_path):
     """Against the same losses by hand: of a first step, no other figure changes."""
     from diffusers import AutoencoderTiny
@@ -204,14 +217,8 @@ def test_regression_can_be_of_a_crop_and_through_a_tiny_decoder(world, tmp_path)
     a, b = figures(world / "run")[0], figures(tmp_path / "run")[0]
     assert a["health/matching_part"] == b["health/matching_part"]
 
-    config = read(tmp_path / "run" / "config.json")
-    teacher = build.load_teacher(config, None, build.workplace(config), world / "teacher")
-    asked = build.prompts(config, None)
-    spec = build.pair_spec(config, teacher, asked)
-    store = Pairs(build.pair_folder(config, spec), spec)
-    batch = build.distill_batches(config, teacher, asked, store, build.workplace(config))(0).batches[0]
+    teacher, batch, x = first_pairs(world, tmp_path / "run")
     with torch.no_grad():
-        x = one_step(teacher.denoiser, batch.z_ref, {k: v[len(batch.z) :] for k, v in batch.cond.items()})
         images = [tiny.decode(v[batch.window] / tiny.config.scaling_factor).sample for v in (x, batch.y_ref)]
     assert images[0].shape[-1] == 4
     assert b["loss/regression"] == pytest.approx(squared_distance(*images).mean().item(), rel=1e-3)
@@ -228,14 +235,8 @@ def test_target_images_can_be_stored_instead_of_decoded(world, tmp_path):
     assert runs["fp16"]["health/matching_part"] == runs["no"]["health/matching_part"]
     assert runs["fp16"]["health/brightness_drift"] == runs["no"]["health/brightness_drift"]  # of latents, as ever
 
-    config = read(tmp_path / "uint8" / "config.json")
-    teacher = build.load_teacher(config, None, build.workplace(config), world / "teacher")
-    asked = build.prompts(config, None)
-    spec = build.pair_spec(config, teacher, asked)
-    store = Pairs(build.pair_folder(config, spec), spec)
-    batch = build.distill_batches(config, teacher, asked, store, build.workplace(config))(0).batches[0]
+    teacher, batch, x = first_pairs(world, tmp_path / "uint8")
     with torch.no_grad():
-        x = one_step(teacher.denoiser, batch.z_ref, {k: v[len(batch.z) :] for k, v in batch.cond.items()})
         image, target = (teacher.codec.decode(v) for v in (x, batch.y_ref))
     levels = ((target.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
     expected = squared_distance(image, levels).mean().item()

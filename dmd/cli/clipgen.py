@@ -1,6 +1,5 @@
 """`dmd clipgen teach-tokenizer | teach-clip | train | sample | evaluate`: text to image learnt from images alone."""
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,27 +8,27 @@ from typing import Annotated, Any
 
 import tyro
 
-from dmd.cli import flags
+from dmd.cli import directory, flags
 from dmd.cli.sample import find_device, parse_seeds, save_png, slug
-from dmd.cli.train import accept_directory, open_directory
 from dmd.clipgen.config import (
     PRESETS,
+    RESUMABLE,
     Config,
     EvaluationOptions,
     SamplingOptions,
     check,
     preset,
     read,
-    require_same,
-    to_json,
 )  # fmt: skip
 from dmd.errors import InputError
 
-CONTENT = (
-    "checkpoints", "model", "samples", "tensorboard", "wandb", "environment.json", "inputs.json", "metrics.jsonl",
-    "summary.json", "report.html", "config.json",
+RUNS = directory.Kind(
+    "dmd clipgen", Config, "transformer", RESUMABLE,
+    (
+        "checkpoints", "model", "samples", "tensorboard", "wandb", "environment.json", "inputs.json", "metrics.jsonl",
+        "summary.json", "report.html", "config.json",
+    ),
 )  # fmt: skip
-"""What a run writes into its directory, and `--fresh` deletes; other files there are the user's."""
 
 
 def main(argv: Sequence[str], prog: str = "dmd clipgen") -> None:
@@ -51,58 +50,19 @@ def _command(name: str) -> Callable[[Sequence[str], str], None]:
 # ----------------------------------------------------------------------------- training
 
 
-@dataclass(frozen=True)
-class TrainCommand:
-    """A config, and what to do with it."""
-
-    config: Config
-    fresh: bool = False
-    """Delete what the run directory holds and start over; what is cached stays."""
-    dry_run: bool = False
-    """Print the resolved config and stop."""
-
-
-def parse(argv: Sequence[str], prog: str, description: str) -> TrainCommand:
-    """Flags over a preset (the first argument, or `shapes`).
-
-    Raises:
-        InputError: unknown preset or flag, or a value that is out of range or of another kind.
-    """
-    rest = list(argv)
-    name = rest.pop(0) if rest and not rest[0].startswith("-") else "shapes"
-    kind: Any = tyro.conf.OmitArgPrefixes[Annotated[TrainCommand, tyro.conf.arg(name="")]]
-    text = f"{description}\n\nPresets: {', '.join(PRESETS)}. The defaults below are those of {name!r}."
-    command = flags.read(kind, rest, f"{prog} [PRESET]", default=TrainCommand(preset(name)), description=text)
-    check(command.config)
-    return replace(command, config=replace(command.config, preset=name))
+def parse(argv: Sequence[str], prog: str, description: str) -> flags.Command[Config]:
+    """Flags over a preset (the first argument, or `shapes`), see `flags.over_preset`."""
+    return flags.over_preset(argv, prog, description, PRESETS, preset, check)
 
 
 def train(argv: Sequence[str], prog: str) -> None:
     """Everything that is missing, up to the report."""
     command = parse(argv, prog, "CLIP-GEN from images to a model: small CLIP, tokenizer, transformer, evaluation.")
-    config, folder = command.config, Path(command.config.run.output_dir)
     if command.dry_run:
-        return print(json.dumps(to_json(config), indent=2))
-    from dmd import build
-    from dmd.clipgen.chain import Chain, Stopped
+        return flags.show(command.config)
+    from dmd.clipgen.chain import Chain
 
-    place = build.start(config.run)
-    place.first(lambda: check_directory(folder, config, command.fresh))
-    chain = place.together(lambda: Chain(config, place, folder))
-    place.first(lambda: open_directory(folder, to_json(config), CONTENT, command.fresh))
-    try:
-        chain.run()
-    except Stopped as stopped:
-        if place.main:
-            print(stopped)
-
-
-def check_directory(folder: Path, config: Config, fresh: bool) -> None:
-    """Whether a run can be made or resumed here; writes nothing. Raises InputError if it holds something else."""
-    if accept_directory(folder):
-        old = read(folder / "config.json")
-        if not fresh:
-            require_same(old, config, str(folder))
+    directory.run(Chain, RUNS, command.config, command.fresh)
 
 
 def teach_tokenizer(argv: Sequence[str], prog: str) -> None:
@@ -119,11 +79,12 @@ def _one_stage(argv: Sequence[str], prog: str, description: str, stage: str) -> 
     command = parse(argv, prog, description)
     config = command.config
     if command.dry_run:
-        return print(json.dumps(to_json(config), indent=2))
+        return flags.show(config)
     if {"tokenizer": config.tokenizer.tokenizer, "clip": config.clip.clip}[stage] is not None:
         raise InputError(f"--{stage} is given, and this command makes one: leave it out")
     from dmd import build
-    from dmd.clipgen.chain import Chain, Stopped
+    from dmd.clipgen.chain import Chain
+    from dmd.run import Stopped
 
     place = build.start(config.run)
     chain = place.together(lambda: Chain(config, place, Path(config.run.output_dir)))

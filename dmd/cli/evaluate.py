@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from dmd import shipped
+from dmd.cli.directory import is_run
 from dmd.cli.flags import guarded, read
-from dmd.cli.train import is_run
+from dmd.cli.train import RUNS
 from dmd.config import Config, RunOptions
 from dmd.config import read as read_config
 from dmd.errors import InputError
@@ -205,7 +206,7 @@ def _run_of(name: str) -> Config | None:
     """The config of the run that a folder is, or is the student of."""
     folder = Path(name).resolve()
     run = folder.parent if folder.name == "student" else folder
-    if folder.is_dir() and (run / "student").is_dir() and is_run(run):
+    if folder.is_dir() and (run / "student").is_dir() and is_run(run, RUNS):
         return read_config(run / "config.json")
     return None
 

@@ -8,29 +8,45 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Generic, TypeVar
 
 import tyro
 
-from dmd.config import PRESETS, Config, check, preset, to_json
+from dmd.config import PRESETS, Config, check, preset
 from dmd.errors import InputError
+from dmd.settings import to_json
+
+C = TypeVar("C")
 
 
 @dataclass(frozen=True)
-class Command:
+class Command(Generic[C]):
     """A config, and what to do with it."""
 
-    config: Config
+    config: C
     fresh: bool = False
-    """Delete what the run directory holds and start over."""
+    """Delete what the run directory holds and start over; what is cached stays."""
     dry_run: bool = False
     """Print the resolved config and stop."""
 
 
-def parse(argv: Sequence[str], prog: str, description: str, default: str = "shapes") -> Command:
+def parse(argv: Sequence[str], prog: str, description: str, default: str = "shapes") -> Command[Config]:
+    """The flags of distillation, see `over_preset`."""
+    return over_preset(argv, prog, description, PRESETS, preset, check, default)
+
+
+def over_preset(
+    argv: Sequence[str], prog: str, description: str, presets: Iterable[str], preset: Callable[[str], C],
+    check: Callable[[C], None], default: str = "shapes",
+) -> Command[C]:  # fmt: skip
     """Flags over a preset (the first argument, or `default`).
+
+    Args:
+        presets: their names.
+        preset: the config of one; raises InputError if there is no such.
+        check: raises InputError for values out of range.
 
     Raises:
         InputError: unknown preset or flag, or a value that is out of range or of another kind.
@@ -38,9 +54,10 @@ def parse(argv: Sequence[str], prog: str, description: str, default: str = "shap
     """
     rest = list(argv)
     name = rest.pop(0) if rest and not rest[0].startswith("-") else default
-    kind: Any = tyro.conf.OmitArgPrefixes[Annotated[Command, tyro.conf.arg(name="")]]
-    text = f"{description}\n\nPresets: {', '.join(PRESETS)}. The defaults below are those of {name!r}."
-    command = read(kind, rest, f"{prog} [PRESET]", default=Command(preset(name)), description=text)
+    config: Any = preset(name)
+    kind: Any = tyro.conf.OmitArgPrefixes[Annotated[Command[type(config)], tyro.conf.arg(name="")]]  # type: ignore[misc]
+    text = f"{description}\n\nPresets: {', '.join(presets)}. The defaults below are those of {name!r}."
+    command = read(kind, rest, f"{prog} [PRESET]", default=Command(config), description=text)
     check(command.config)
     return replace(command, config=replace(command.config, preset=name))
 
@@ -67,7 +84,7 @@ Work = Callable[[Config], None]
 """What a command does with its config."""
 
 
-def show(config: Config) -> None:
+def show(config: Any) -> None:
     """Print a config as JSON."""
     print(json.dumps(to_json(config), indent=2))
 

@@ -103,15 +103,20 @@ def report(argv: Sequence[str], prog: str) -> None:
 
 
 def _writer(folder: Path) -> Callable[[Path], Path]:
-    """What writes the report of a run of this kind."""
+    """What writes the report of a run of this kind. Raises InputError if nothing does."""
     from dmd import report
+    from dmd.cli import clipgen, represent
     from dmd.clipgen import report as clipgen_report
 
     try:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return report.write
-    return clipgen_report.write if isinstance(raw, dict) and "transformer" in raw else report.write
+    if isinstance(raw, dict) and represent.RUNS.mark in raw:
+        raise InputError(
+            f"{folder} is a run of dmd represent, which writes no report: see its summary.json, or dmd probe"
+        )
+    return clipgen_report.write if isinstance(raw, dict) and clipgen.RUNS.mark in raw else report.write
 
 
 def _with_config(argv: Sequence[str], prog: str, description: str, work: "flags.Work", default: str = "shapes") -> None:

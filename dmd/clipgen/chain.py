@@ -36,17 +36,13 @@ from dmd.data.captioned import Captioned
 from dmd.data.images import to_float
 from dmd.ema import Ema
 from dmd.errors import InputError
-from dmd.run import Cadence, Progress, Run, Task, clip_and_check
+from dmd.run import Cadence, Progress, Run, Stopped, Task, clip_and_check
 
 INPUTS, MODEL, SUMMARY = "inputs.json", "model", "summary.json"
 BETAS = (0.9, 0.95)  # of AdamW
 FEW_CODES = 0.5
 """A tokenizer that uses a smaller part of its codes gets a warning."""
 WORDS = 4000  # of captions that a small CLIP knows whole; it reads others by letters
-
-
-class Stopped(Exception):
-    """A stage was told to stop; all is saved."""
 
 
 class Chain:

@@ -1,15 +1,12 @@
 """Everything that `dmd clipgen` can be told, as frozen dataclasses; presets; JSON in and out."""
 
-import dataclasses
-import json
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from tyro.conf import Suppress
 
+from dmd import settings
 from dmd.config import RunOptions
 from dmd.errors import InputError
 
@@ -204,9 +201,7 @@ def check(config: Config) -> None:
         "--sample-batch-size": s.sample_batch_size, "--checkpoints-total-limit": r.checkpoints_total_limit,
         "--log-every": r.log_every,
     }  # fmt: skip
-    for flag, value in positive.items():
-        if not 0 < value < math.inf:
-            raise InputError(f"{flag} is {value}: it must be a number greater than 0")
+    settings.require_positive(positive)
     for flag, count in {"--codes": t.codes, "--clip-batch-size": c.clip_batch_size}.items():
         if count < 2:
             raise InputError(f"{flag} is {count}: it must be at least 2")
@@ -217,24 +212,18 @@ def check(config: Config) -> None:
         "--lr-warmup-steps": m.lr_warmup_steps, "--lr-cooldown-steps": m.lr_cooldown_steps, "--top-k": s.top_k,
         "--blur": min(e.blur, default=0), "--checkpointing-steps": r.checkpointing_steps,
     }  # fmt: skip
-    for flag, value in not_negative.items():
-        if not 0 <= value < math.inf:
-            raise InputError(f"{flag} is {value}: it must be a number of at least 0")
+    settings.require_not_negative(not_negative)
     below_one = {
         "--code-decay": t.code_decay, "--dropout": m.dropout, "--gap-noise": m.gap_noise, "--ema": m.ema,
         "--condition-dropout": m.condition_dropout,
     }  # fmt: skip
-    for flag, value in below_one.items():
-        if not 0 <= value < 1:
-            raise InputError(f"{flag} is {value}: it must be at least 0 and below 1")
+    settings.require_below_one(below_one)
     if not 0 < s.top_p <= 1:
         raise InputError(f"--top-p is {s.top_p}: it must be above 0 and at most 1")
-    if not math.isfinite(s.guidance):
-        raise InputError(f"--guidance is {s.guidance}: it must be a finite number")
+    settings.require_finite({"--guidance": s.guidance})
     if e.final_samples < 16:
         raise InputError(f"--final-samples is {e.final_samples}: it must be at least 16, since fewer mean nothing")
-    if not 0 <= r.seed < 2**64:
-        raise InputError(f"--seed is {r.seed}: it must be at least 0 and below 2**64")
+    settings.require_seed(r.seed)
     for flag, patch, widths in (("--widths", t.patch, t.widths), ("--clip-widths", c.clip_patch, c.clip_widths)):
         if d.size % (patch * 2 ** (len(widths) - 1)):
             raise InputError(
@@ -256,53 +245,9 @@ def check(config: Config) -> None:
         raise InputError(f"--size is {d.size}: drawings of shapes have 64 pixels")
 
 
-def to_json(config: Config) -> dict[str, Any]:
-    """Plain nested dictionaries; `read` takes them back."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
 def read(path: Path) -> Config:
-    """The config.json of a run. Raises InputError if it is missing, damaged, or no run's of `dmd clipgen`."""
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise InputError(f"{path} does not exist: give a run directory of dmd clipgen") from None
-    except ValueError:
-        raise InputError(f"{path} is not valid JSON: restore it, or start over with --fresh") from None
-    return _read(Config, raw, str(path))
-
-
-def _read(kind: Any, raw: Any, where: str) -> Any:
-    if not isinstance(raw, Mapping):
-        raise InputError(f"{where} has {raw!r} where an object is due: it is no run of dmd clipgen")
-    known = {f.name: f for f in fields(kind)}
-    values = {}
-    for key, value in raw.items():
-        if key not in known:
-            raise InputError(f"{where} has the unknown key {key!r}: it is no run of this version of dmd clipgen")
-        group = GROUPS.get(key) if kind is Config else None
-        values[key] = _read(group, value, where) if group else tuple(value) if isinstance(value, list) else value
-    return kind(**values)
-
-
-GROUPS: dict[str, type] = {
-    "data": DataOptions, "tokenizer": TokenizerOptions, "clip": ClipOptions, "transformer": TransformerOptions,
-    "sampling": SamplingOptions, "evaluation": EvaluationOptions, "run": RunOptions,
-}  # fmt: skip
-"""Types of the groups of a config."""
-
-
-def require_same(old: Config, new: Config, where: str) -> None:
-    """Raises InputError naming the first option, other than `RESUMABLE` ones, in which a resumed run differs."""
-    for group in GROUPS:
-        a, b = getattr(old, group), getattr(new, group)
-        for name in (f.name for f in fields(a) if f.name not in RESUMABLE):
-            before, now = getattr(a, name), getattr(b, name)
-            if before != now:
-                raise InputError(
-                    f"{where} holds another run ({name} was {before!r}, now {now!r}): give another --output-dir, or "
-                    f"start over with --fresh"
-                )
+    """The config.json of a run. Raises InputError if it is missing, damaged, or of another command."""
+    return settings.read(Config, path, "dmd clipgen")
 
 
 PRESETS: dict[str, Config] = {

@@ -5,11 +5,11 @@ Nothing is resized, cropped or put on a background here; that is the protocol's 
 
 import hashlib
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from torch import Tensor
 from dmd.data import captioned, prompts, tar
 from dmd.data.images import NPZ_ERRORS, SUFFIXES, ImageSet, read_image
 from dmd.errors import InputError
+
+T = TypeVar("T")
 
 Pixels = NDArray[np.uint8]
 """An image (H, W, 1 or 3)."""
@@ -210,18 +212,28 @@ def _file(path: Path) -> Entry:
 
 
 def _captioned(path: Path) -> Encoded:
-    entries, captions = [], []
+    entries, captions = listed(path, prompts.caption_of)
+    return Encoded(str(path), entries, tuple(captions))
+
+
+def listed(path: Path, told: Callable[[str, str], T]) -> tuple[tuple[Entry, ...], list[T]]:
+    """The images of a folder's metadata.jsonl, and what `told` of each: (where the line is, the line) to a value.
+
+    Raises:
+        InputError: no image is named, or one that is not there.
+    """
+    entries, found = [], []
     for where, line in prompts.lines(path / "metadata.jsonl"):
         if not line.strip():
             continue
         file = captioned.image_file(path, where, line)
         if not file.is_file():
             raise InputError(f"{where} names {file.name}, which does not exist: add it, or remove the line")
-        captions.append(prompts.caption_of(where, line))
+        found.append(told(where, line))
         entries.append(_file(file))
     if not entries:
         raise InputError(f"{path / 'metadata.jsonl'} names no image")
-    return Encoded(str(path), tuple(entries), tuple(captions))
+    return tuple(entries), found
 
 
 def _npz(path: Path) -> Arrays:

@@ -66,7 +66,8 @@ def environment(run: RunFiles) -> list[tuple[str, str]]:
 
 def differences(run: RunFiles) -> tuple[str, list[Difference]]:
     """The preset's name, and the options in which the run differs from it."""
-    from dmd.config import PRESETS, Config, to_json
+    from dmd.config import PRESETS, Config
+    from dmd.settings import to_json
 
     name = run.config.get("preset")
     default = PRESETS.get(name, Config()) if isinstance(name, str) else Config()

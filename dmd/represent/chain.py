@@ -25,7 +25,7 @@ from dmd.represent.config import WITH_CAPTIONS, WITH_TEXT, Config
 from dmd.represent.learners import Attraction, Classifying, Learner, Pace, Practice, Reading, Slow, Student, Synclr
 from dmd.represent.sources import Fresh, Labelled, Source, Stored
 from dmd.represent.text import TextConfig, TextNet
-from dmd.run import Cadence, Run, clip_and_check
+from dmd.run import Cadence, Run, Stopped, clip_and_check
 from dmd.shards import Spec
 from dmd.teachers import miniature
 
@@ -34,10 +34,6 @@ VIEWS = "samples/views.png"
 SHOWN = 8  # captions in samples/views.png
 WORDS = 4000  # of captions that a tokenizer knows whole; it reads others by letters
 NEIGHBOURS = (20, 200)
-
-
-class Stopped(Exception):
-    """The run was told to stop; all is saved."""
 
 
 class Chain:

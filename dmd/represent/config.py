@@ -1,15 +1,11 @@
 """Everything that `dmd represent` can be told, as frozen dataclasses; methods, presets; JSON in and out."""
 
-import dataclasses
-import json
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from tyro.conf import Suppress
 
+from dmd import settings
 from dmd.config import RunOptions
 from dmd.errors import InputError
 
@@ -198,12 +194,6 @@ class Config:
     run: RunOptions = field(default_factory=RunOptions)
 
 
-GROUPS: dict[str, type] = {
-    "data": DataOptions, "backbone": BackboneOptions, "augment": AugmentOptions, "learn": LearnOptions,
-    "teacher": TeacherOptions, "text": TextOptions, "probe": ProbeOptions, "run": RunOptions,
-}  # fmt: skip
-"""Types of the groups of a config."""
-
 RESUMABLE = {
     "checkpointing_steps", "checkpoints_total_limit", "log_every", "report_to", "cache_dir", "cpu", "output_dir",
     "allow_tf32", "data", "captions", "student", "tokenizer", "workers", "chunk", "probe",
@@ -237,9 +227,7 @@ def check(config: Config) -> None:
         "--checkpoints-total-limit": r.checkpoints_total_limit,
         "--log-every": r.log_every,
     }  # fmt: skip
-    for flag, value in positive.items():
-        if not 0 < value < math.inf:
-            raise InputError(f"{flag} is {value}: it must be a number greater than 0")
+    settings.require_positive(positive)
     not_negative = {
         "--max-broken": d.max_broken, "--workers": d.workers, "--local-crops": a.local_crops, "--epochs": m.epochs,
         "--image-weight": m.image_weight, "--text-weight": m.text_weight, "--weight-decay": m.weight_decay,
@@ -247,9 +235,7 @@ def check(config: Config) -> None:
         "--teacher-temperature-steps": t.teacher_temperature_steps, "--checkpointing-steps": r.checkpointing_steps,
         "--jitter": min(a.jitter),
     }  # fmt: skip
-    for flag, value in not_negative.items():
-        if not 0 <= value < math.inf:
-            raise InputError(f"{flag} is {value}: it must be a number of at least 0")
+    settings.require_not_negative(not_negative)
     parts = {
         "--jitter-probability": a.jitter_probability, "--grey": a.grey, "--blur": a.blur, "--downsample": a.downsample,
         "--warmup": m.warmup, "--mask-images": t.mask_images, "--mask-patches": t.mask_patches,
@@ -261,9 +247,7 @@ def check(config: Config) -> None:
     below_one = {
         "--drop-path": b.drop_path, "--label-smoothing": m.label_smoothing, "--adam-beta2": m.adam_beta2,
     }  # fmt: skip
-    for flag, value in below_one.items():
-        if not 0 <= value < 1:
-            raise InputError(f"{flag} is {value}: it must be at least 0 and below 1")
+    settings.require_below_one(below_one)
     for flag, (low, high) in {"--crop-scale": a.crop_scale, "--local-scale": a.local_scale}.items():
         if not 0 < low <= high <= 1:
             raise InputError(f"{flag} is {low} {high}: two parts of an area, rising, above 0 and at most 1")
@@ -271,8 +255,7 @@ def check(config: Config) -> None:
         raise InputError(f"--jitter ends with {a.jitter[3]}: a change of hue is at most 0.5")
     if b.channels not in (1, 3):
         raise InputError(f"--channels is {b.channels}: it must be 1 or 3")
-    if not 0 <= r.seed < 2**64:
-        raise InputError(f"--seed is {r.seed}: it must be at least 0 and below 2**64")
+    settings.require_seed(r.seed)
     if x.text_width % x.text_heads:
         raise InputError(f"--text-width is {x.text_width}: it must be a multiple of --text-heads {x.text_heads}")
     if d.captions_per_batch < 2:
@@ -304,47 +287,9 @@ def check(config: Config) -> None:
                 )
 
 
-def to_json(config: Config) -> dict[str, Any]:
-    """Plain nested dictionaries; `read` takes them back."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
 def read(path: Path) -> Config:
-    """The config.json of a run. Raises InputError if it is missing, damaged, or no run's of `dmd represent`."""
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise InputError(f"{path} does not exist: give a run directory of dmd represent") from None
-    except ValueError:
-        raise InputError(f"{path} is not valid JSON: restore it, or start over with --fresh") from None
-    return _read(Config, raw, str(path))
-
-
-def _read(kind: Any, raw: Any, where: str) -> Any:
-    if not isinstance(raw, Mapping):
-        raise InputError(f"{where} has {raw!r} where an object is due: it is no run of dmd represent")
-    known = {f.name for f in fields(kind)}
-    values = {}
-    for key, value in raw.items():
-        if key not in known:
-            raise InputError(f"{where} has the unknown key {key!r}: it is no run of this version of dmd represent")
-        group = GROUPS.get(key) if kind is Config else None
-        values[key] = _read(group, value, where) if group else tuple(value) if isinstance(value, list) else value
-    return kind(**values)
-
-
-def require_same(old: Config, new: Config, where: str) -> None:
-    """Raises InputError naming the first option, other than `RESUMABLE` ones, in which a resumed run differs."""
-    pairs = [("method", old.method, new.method)]
-    for group in GROUPS:
-        a, b = getattr(old, group), getattr(new, group)
-        pairs += [(f.name, getattr(a, f.name), getattr(b, f.name)) for f in fields(a) if f.name not in RESUMABLE]
-    for name, before, now in pairs:
-        if before != now:
-            raise InputError(
-                f"{where} holds another run ({name} was {before!r}, now {now!r}): give another --output-dir, or start "
-                f"over with --fresh"
-            )
+    """The config.json of a run. Raises InputError if it is missing, damaged, or of another command."""
+    return settings.read(Config, path, "dmd represent")
 
 
 # ----------------------------------------------------------------------------- presets

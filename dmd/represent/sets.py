@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmd.data import captioned, images, prompts, shapes, tar
+from dmd.data import images, shapes, tar
 from dmd.data.images import CIFAR10_FOLDER, FASHION_FOLDER, SUFFIXES, ImageSet, plain
 from dmd.errors import InputError
 from dmd.log import progress
-from dmd.metrics.sources import MAX_MEMBER, THREADS, Arrays, Encoded, Entry, Pixels, Source
+from dmd.metrics.sources import MAX_MEMBER, THREADS, Arrays, Encoded, Entry, Pixels, Source, listed
 from dmd.seeding import Stream, bits
 
 Part = Literal["train", "val", "test"]
@@ -185,18 +185,8 @@ def _encoded(name: str, entries: tuple[Entry, ...], labels: Tensor, classes: tup
 
 def _table(path: Path) -> LabelledSet:
     """A folder with metadata.jsonl whose lines have a "label", a word or a number, beside the file_name."""
-    entries, found = [], []
-    for where, line in prompts.lines(path / "metadata.jsonl"):
-        if not line.strip():
-            continue
-        file = captioned.image_file(path, where, line)
-        if not file.is_file():
-            raise InputError(f"{where} names {file.name}, which does not exist: add it, or remove the line")
-        found.append(_label(json.loads(line), where))
-        entries.append(Entry(file, 0, file.stat().st_size, str(file)))
-    if not entries:
-        raise InputError(f"{path / 'metadata.jsonl'} names no image")
-    return _encoded(str(path), tuple(entries), *_numbered(found))
+    entries, found = listed(path, lambda where, line: _label(json.loads(line), where))
+    return _encoded(str(path), entries, *_numbered(found))
 
 
 def _tars(path: Path) -> LabelledSet:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from dmd.cli.evaluate import EvaluateOptions, check, evaluate, main
-from dmd.config import preset, to_json
+from dmd.config import preset
 from dmd.data import shapes
 from dmd.data.images import digits, to_float
 from dmd.errors import InputError
@@ -18,6 +18,7 @@ from dmd.metrics import networks
 from dmd.metrics.evaluate import Reference
 from dmd.metrics.evaluate import evaluate as figures_of
 from dmd.metrics.networks import train_classifier
+from dmd.settings import to_json
 from dmd.teachers import pixel
 from dmd.teachers.pixel import PixelConfig
 

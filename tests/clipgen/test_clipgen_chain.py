@@ -20,11 +20,12 @@ from dmd.clipgen import model, world
 from dmd.clipgen import tokenizer as tokenizers
 from dmd.clipgen.chain import Chain, make_gap
 from dmd.clipgen.clip import SmallClip, SmallClipConfig, SmallClipNet
-from dmd.clipgen.config import Config, TransformerOptions, check, preset, read, to_json
+from dmd.clipgen.config import Config, TransformerOptions, check, preset, read
 from dmd.clipgen.networks import ConvSizes
 from dmd.clipgen.sampling import Sampler
 from dmd.data import captioned, prompts, shapes
 from dmd.errors import InputError
+from dmd.settings import to_json
 from dmd.teachers import miniature
 
 TINY = [

@@ -169,12 +169,12 @@ RUNS = {
     "someone's files": (
         lambda f: (shutil.rmtree(f), f.mkdir(), (f / "thesis.tex").write_text("x")),
         [],
-        r"run is not empty and not a run directory: give another --output-dir",
+        r"run is not empty and not a run directory of dmd train: give another --output-dir",
     ),
     "a teacher": (
         lambda f: (shutil.rmtree(f / "student" / "..", ignore_errors=True), f.mkdir(exist_ok=True), a_model(f)),
         [],
-        r"run is not empty and not a run directory: give another --output-dir",
+        r"run is not empty and not a run directory of dmd train: give another --output-dir",
     ),
     "a file": (lambda f: (shutil.rmtree(f), f.write_text("x")), [], r"run is a file: give a folder as --output-dir"),
 }

@@ -4,8 +4,9 @@ import json
 
 import torch
 
-from dmd.config import preset, to_json
+from dmd.config import preset
 from dmd.evaluation import save_grid
+from dmd.settings import to_json
 
 STEPS, LOG, EVALUATE = 100, 5, 20
 TEACHER = {

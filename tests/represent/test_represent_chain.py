@@ -15,8 +15,9 @@ from dmd.represent import chain as chains
 from dmd.represent import config as options
 from dmd.represent.backbones import load_backbone
 from dmd.represent.chain import shape_captions
-from dmd.represent.config import METHODS, PRESETS, check, preset, require_same, to_json
+from dmd.represent.config import METHODS, PRESETS, check, preset
 from dmd.represent.text import load_text
+from dmd.settings import require_same, to_json
 
 TINY = [
     "--captions-per-batch", "8", "--per-caption", "2", "--max-train-steps", "3", "--log-every", "1",
@@ -202,7 +203,7 @@ def test_every_preset_is_valid_and_survives_json(tmp_path):
             check(config)
             (tmp_path / "config.json").write_text(json.dumps(to_json(config)))
             again = options.read(tmp_path / "config.json")
-            require_same(again, config, "")
+            require_same(again, config, (), "")
             assert again == config
             if method != "synclr":  # all see as many views in a step
                 seen = config.data.captions_per_batch * options.views(config)
@@ -227,3 +228,12 @@ def test_captions_of_shapes_are_different_and_begin_alike():
     few, many = shape_captions(3, 20), shape_captions(3, 300)
     assert len(set(many)) == 300 and many[:10] == few[:10]
     assert all(shapes.caption(shapes.parse(c)) == c for c in few)
+
+
+def test_its_runs_have_no_report(tmp_path, capsys):
+    from dmd.cli import parts
+
+    (tmp_path / "config.json").write_text(json.dumps(to_json(preset("stablerep"))))
+    with pytest.raises(SystemExit) as stop:
+        parts.report([str(tmp_path)], "dmd report")
+    assert stop.value.code == 2 and "is a run of dmd represent, which writes no report" in capsys.readouterr().err
