@@ -179,19 +179,20 @@ class Maker:
         texts = [job.captions[i] for i in caption.tolist()]
         images = job.source(texts, image_number(caption, replica), 0)
         height, width = images.shape[-2:]
-        finite = images.flatten(1).sum(1, dtype=torch.float32).isfinite()  # one pass: NaN and infinity stay in sums
+        finite = fetched(all_finite, images[:count])
         images = resized(images, spec.pixels)
         score = job.keep.score(images, texts) if job.keep else None
-        fetch = [fetched(x[:count]) for x in (to_uint8(images), finite, *(() if score is None else (score,)))]
+        bytes_ = fetched(to_uint8, images[:count])
+        scores = None if score is None else fetched(lambda x: x, score[:count])
 
         def write() -> None:
-            levels, good, *scores = (get() for get in fetch)
+            good, levels = finite(), bytes_()
             if not bool(good.all()):
                 first = int((~good).nonzero()[0])
                 raise ArithmeticError(f"image {spec.key(int(index[first]))}, of {texts[first][:60]!r}, is not finite")
             arrays = levels.permute(0, 2, 3, 1).contiguous().numpy()
             files = self._encoders.map(lambda a: shards.encode(a, spec.image_format, spec.quality), arrays)
-            values = scores[0].tolist() if scores else [None] * count
+            values = scores().tolist() if scores else [None] * count
             for i, (file, value) in enumerate(zip(files, values, strict=True)):
                 facts = Facts(
                     texts[i], int(caption[i]), int(replica[i]), 0, spec.seed, arrays.shape[2], arrays.shape[1],
@@ -219,8 +220,19 @@ def resized(images: Tensor, pixels: int | None) -> Tensor:
     return F.interpolate(images, (pixels, pixels), mode="bicubic", antialias=True)
 
 
-def fetched(x: Tensor) -> Callable[[], Tensor]:
-    """Begin to copy a tensor to the CPU, and return what waits for it: the device goes on meanwhile."""
+def all_finite(images: Tensor) -> Tensor:
+    """(B, ...) to (B,) booleans, in one pass: NaN and infinity stay in sums."""
+    return images.sum(tuple(range(1, images.dim())), dtype=torch.float32).isfinite()
+
+
+def fetched(change: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], Tensor]:
+    """Begin to change a tensor and to copy it to the CPU, and return what waits for it: the device goes on meanwhile.
+
+    What is on the CPU already is changed by whoever waits, so that the thread of the networks need not.
+    """
+    if x.device.type == "cpu":
+        return lambda: change(x)
+    x = change(x)
     if x.device.type != "cuda":
         x = x.cpu()
         return lambda: x

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dmd import checkpoint, codec
-from dmd.codec import Codec
+from dmd.codec import Codec, cast
 from dmd.denoiser import Cond, NetworkDenoiser
 from dmd.errors import InputError
 from dmd.noise import DDPM
@@ -36,8 +36,8 @@ class TimestepNet(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
         """x_t (B, c, h, w), t (B,) in [0, 1], text (B, L, D); the network's raw output, shaped like x_t."""
-        dtype: Any = self.unet.dtype
-        return self.unet(x_t.to(dtype), self.schedule.index(t), text.to(dtype), return_dict=False)[0]
+        index = self.schedule.index(t)
+        return self.unet(cast(x_t, self.unet), index, cast(text, self.unet), return_dict=False)[0]
 
 
 class TextEncoder:
@@ -59,29 +59,33 @@ class TextEncoder:
 
         Longer prompts are cut; the first that is cut gives a warning, once per encoder.
         """
-        prompts = list(prompts)
-        if not self._warned:
-            self._warn_if_cut(prompts)
-        tokens = self.tokenizer(
-            prompts, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
+        ids = self._tokens(prompts, truncation=False)
+        too_long = [len(row) for row in ids if len(row) > self.length]
+        if too_long:
+            self._warn(too_long[0])
+            ids = self._tokens(prompts, truncation=True)
+        return {"text": self.network(torch.tensor(ids, device=self.network.device))[0].float()}
+
+    def _tokens(self, prompts: Sequence[str], truncation: bool) -> list[list[int]]:
+        found = self.tokenizer(
+            list(prompts), padding="max_length", max_length=self.length, truncation=truncation, verbose=False
         )
-        return {"text": self.network(tokens.input_ids.to(self.network.device))[0].float()}
+        ids: list[list[int]] = found.input_ids
+        return ids
 
     @functools.cached_property
     def null(self) -> Cond:
         """The condition of the empty prompt, one row; computed once."""
         return self.encode([""])
 
-    def _warn_if_cut(self, prompts: list[str]) -> None:
-        for ids in self.tokenizer(prompts, verbose=False).input_ids:
-            if len(ids) > self.length:
-                warnings.warn(
-                    f"a prompt has {len(ids)} tokens and the text encoder reads {self.length}: the last "
-                    f"{len(ids) - self.length} are dropped (further such prompts are not reported)",
-                    stacklevel=4,
-                )
-                self._warned = True
-                return
+    def _warn(self, count: int) -> None:
+        if not self._warned:
+            warnings.warn(
+                f"a prompt has {count} tokens and the text encoder reads {self.length}: the last "
+                f"{count - self.length} are dropped (further such prompts are not reported)",
+                stacklevel=4,
+            )
+        self._warned = True
 
 
 @dataclass(frozen=True, eq=False)

@@ -482,3 +482,11 @@ def test_real_cifar10(unpacked):
 def test_the_real_emoji_have_captions_not_classes(unpacked):
     with pytest.raises(InputError, match=r"train holds no CLASS/\*.png"):
         load(unpacked("emoji64"), "train", 64)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_levels_of_large_batches_are_those_of_numpy(layout, rng):
+    """More values than are converted at a time, in two memory layouts."""
+    x = (1.3 * torch.randn(3, 3, 300, 301, generator=rng)).contiguous(memory_format=layout)
+    expected = np.rint((np.clip(x.numpy(), -1, 1) + np.float32(1)) * np.float32(127.5)).astype(np.uint8)
+    assert np.array_equal(to_uint8(x).numpy(), expected)

@@ -31,6 +31,7 @@ class Gaussian(torch.nn.Module):
     def __init__(self, dtype):
         super().__init__()
         self.dtype = dtype
+        self.weight = torch.nn.Parameter(torch.zeros(1, dtype=dtype))
 
     def forward(self, x_t, index, text=None, return_dict=False):
         alpha_bar = ALPHA_BAR[index].reshape(-1, 1, 1, 1)

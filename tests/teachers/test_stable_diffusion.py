@@ -104,7 +104,9 @@ def test_guided_ddim_is_the_stock_pipeline_s(pipeline, folder, z, steps, scale, 
 @torch.no_grad()
 def test_the_unet_is_told_the_index_of_the_noise_level(pipeline, z):
     class Telling(torch.nn.Module):
-        dtype = torch.float32
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
 
         def forward(self, x, timestep, text, return_dict):
             self.told = timestep
@@ -138,11 +140,11 @@ def test_x0_of_a_rounded_output_is_near_the_float64_formula(dtype, bound, rng):
     class Exact(torch.nn.Module):
         def __init__(self, out):
             super().__init__()
-            self.dtype, self.out = dtype, out
+            self.out = torch.nn.Parameter(out.to(dtype), requires_grad=False)
 
         def forward(self, x, timestep, text, return_dict):
             assert x.dtype == text.dtype == dtype
-            return (self.out.to(dtype),)
+            return (self.out,)
 
     z = torch.randn(16, 4, 64, 64, generator=rng)
     x0 = 0.9 * torch.randn(16, 4, 64, 64, generator=rng).double()
