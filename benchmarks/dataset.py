@@ -178,12 +178,12 @@ def main() -> None:
 
 
 def _encode(options: argparse.Namespace, pictures: Tensor, folder: Path) -> dict[str, float]:
-    count = 64 if options.quick else 1000
+    count = 320 if options.quick else 1000
     return {"encode_per_core": encode_rate(pictures, count), "uint8_per_core": conversion_rate(pictures, count)}
 
 
 def _writer(options: argparse.Namespace, pictures: Tensor, folder: Path) -> dict[str, float]:
-    count = 64 if options.quick else 2000
+    count = 320 if options.quick else 2000
     return made(spec_of(count, count // 2, 32), source_of(pictures), folder, options.encoders, lambda n: None)
 
 

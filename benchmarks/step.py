@@ -11,6 +11,7 @@ same device), how often each network was called (target: no hidden pass), and th
 `sd15` reads. --batch-size and --pair-batch-size are what the process does in one iteration, so give what a GPU holds.
 """
 
+import itertools
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import common, sampling
-from benchmarks.common import finish, matmul_rate, middle, peak_memory, say_machine, seconds
+from benchmarks.common import finish, in_turns, matmul_rate, middle, peak_memory, ratio, say_machine
 from dmd import build, pairs
 from dmd.cli import flags
 from dmd.config import Config
@@ -149,11 +150,11 @@ def counted(task: Distiller, step: Callable[[], object]) -> dict[str, int]:
 
 def main() -> None:
     parser = common.parser(__doc__)
-    parser.add_argument("--runs", type=int, default=20)
-    parser.add_argument("--quick", action="store_true", help="5 runs")
+    parser.add_argument("--runs", type=int, default=40)
+    parser.add_argument("--quick", action="store_true", help="15 runs")
     parser.add_argument("--random", action="store_true", help="the size of Stable Diffusion 1.5, random weights")
     options, rest = parser.parse_known_args()
-    runs = 5 if options.quick else options.runs
+    runs = 15 if options.quick else options.runs
     try:
         config = flags.parse(rest, "python -m benchmarks.step", "", default="digits").config
     except InputError as error:
@@ -184,26 +185,25 @@ def main() -> None:
         flops = operations(parts)
         if place.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        whole, alone = [], []
-        for i in range(runs):  # in turns, so that a busy moment of the machine meets both
-            whole += seconds(partial(iteration, i), 1, 2 if i == 0 else 0)
-            alone += seconds(parts, 1, 2 if i == 0 else 0)
+        steps = itertools.count()
+        times = in_turns({"whole": lambda: iteration(next(steps)), "parts": parts}, runs, warm_up=2)
     memory = peak_memory()
-    step, step_spread = middle(whole)
-    parts_time, parts_spread = middle(alone)
+    step, step_spread = middle(times["whole"])
+    parts_time, parts_spread = middle(times["parts"])
+    part, part_spread = ratio(times["parts"], times["whole"])
     peak = matmul_rate(place.device, place.autocast or torch.float32)
 
     print(f"{config.preset}: {config.distill.batch_size} noises + {config.distill.pair_batch_size} pairs a step")
     print(f"  iteration        {step * 1e3:9.1f} +- {step_spread * 1e3:.1f} ms")
     print(f"  its bare calls   {parts_time * 1e3:9.1f} +- {parts_spread * 1e3:.1f} ms")
-    print(f"  bare / iteration {parts_time / step:9.3f}   (target 0.95)")
+    print(f"  bare / iteration {part:9.3f} +- {part_spread:.3f}   (target 0.95)")
     print(f"  utilisation      {flops / step / peak:9.3f}   ({flops / 1e9:.2f} GFLOP at {peak / 1e9:.0f} GFLOP/s)")
     print(f"  memory           {memory:9.0f} MiB at most")
     print(f"  calls            {calls}")
     finish("step", {
         "preset": config.preset, "flags": rest,
         "step_ms": step * 1e3, "bare_ms": parts_time * 1e3,
-        "ratio": parts_time / step, "mfu": flops / step / peak, "peak_mib": memory, "calls": calls,
+        "ratio": part, "mfu": flops / step / peak, "peak_mib": memory, "calls": calls,
     }, options.json)  # fmt: skip
 
 

@@ -21,7 +21,7 @@ import dmd
 from dmd import checkpoint, evaluation, log, pairs, ranking, sharding, shipped, teachers
 from dmd.batches import DistillBatches, Share, TeachBatches
 from dmd.codec import Codec
-from dmd.config import Config, RunOptions, check
+from dmd.config import Config, RunOptions, check, real_guidance
 from dmd.data import shapes
 from dmd.data.images import ImageSet, to_float, to_uint8
 from dmd.denoiser import Guided, NetworkDenoiser
@@ -459,7 +459,7 @@ def distiller(config: Config, teacher: Pipeline, place: Workplace, distance: Dis
     optimizer = adam_8bit if m.adam_8bit else adam
     return Distiller(
         student,
-        Guided(real, config.pairs.guidance, teacher.null()),
+        Guided(real, real_guidance(config), teacher.null()),
         fake,
         optimizer(student.net, d.learning_rate, betas, d.weight_decay),
         optimizer(fake.net, d.fake_learning_rate or d.learning_rate, betas, d.weight_decay),

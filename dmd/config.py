@@ -81,7 +81,8 @@ class PairOptions:
     teacher_steps: int = 18
     """Steps of the teacher's sampler, for pairs and for comparison (Heun: 2 n - 1 evaluations)."""
     guidance: float = 1.0
-    """Guidance scale of pairs and real score: uncond + s (cond - uncond), so 1 means conditional only."""
+    """Guidance scale of pairs, of the teacher in comparisons, and of the real score where --matching-guidance is left
+    out: uncond + s (cond - uncond), so 1 means conditional only."""
     pair_shard_size: int = 1000
     """Pairs per file."""
     store_images: Literal["no", "uint8", "fp16"] = "no"
@@ -140,6 +141,8 @@ class DistillOptions:
     t_min: float = 0.02
     t_max: float = 0.98
     """Times of the matching loss; the fake score is trained on all of (0, 1)."""
+    matching_guidance: float | None = None
+    """Guidance scale of the real score in the matching loss; left out, that of the pairs."""
     guidance_t_min: float | None = None
     guidance_t_max: float | None = None
     """Times of the guidance part of the matching gradient; left out, those of the matching part."""
@@ -246,6 +249,12 @@ RESUMABLE = {
 """Options that may differ when a run is resumed; files are compared by content instead."""
 
 
+def real_guidance(config: Config) -> float:
+    """Guidance scale of the real score."""
+    own = config.distill.matching_guidance
+    return config.pairs.guidance if own is None else own
+
+
 def check(config: Config) -> None:
     """Raises InputError for values out of range."""
     d, e, r = config.distill, config.evaluation, config.run
@@ -278,7 +287,8 @@ def check(config: Config) -> None:
         "--adam-beta1": d.adam_beta1, "--adam-beta2": d.adam_beta2,
     }  # fmt: skip
     settings.require_below_one(below_one)
-    settings.require_finite({"--guidance": config.pairs.guidance, "--p-mean": config.teacher.p_mean})
+    finite = {"--guidance": config.pairs.guidance, "--p-mean": config.teacher.p_mean}
+    settings.require_finite(finite | {"--matching-guidance": real_guidance(config)})
     if not 0 <= config.teacher.label_dropout <= 1:
         raise InputError(f"--label-dropout is {config.teacher.label_dropout}: it must be within 0 and 1")
     given = config.teacher.teacher is not None
@@ -300,7 +310,7 @@ def check(config: Config) -> None:
     if low is not None and high is not None:
         if not 0.0 <= low < high <= 1.0:
             raise InputError(f"--guidance-t-min {low} and --guidance-t-max {high}: they must rise within 0 and 1")
-        if config.pairs.guidance == 1.0:
+        if real_guidance(config) == 1.0:
             raise InputError("--guidance-t-min needs --guidance other than 1: without guidance there is no such part")
     ranks = (config.memory.student_lora_rank, config.memory.fake_lora_rank)
     if any(ranks) and not given:

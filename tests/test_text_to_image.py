@@ -131,6 +131,14 @@ def test_separate_guidance_times_change_the_gradient_only(world):
     assert a["health/guidance_part"] != b["health/guidance_part"]
 
 
+def test_the_real_score_may_have_a_guidance_of_its_own(world):
+    """Its part (s - 1)(cond - uncond) at 2 is half that at the preset's 3, but for the normaliser; pairs stay."""
+    train.main(flags(world, world / "weaker", "--matching-guidance", "2"))
+    a, b = figures(world / "run")[0], figures(world / "weaker")[0]
+    assert a["loss/regression"] == b["loss/regression"]
+    assert a["health/guidance_part"] == pytest.approx(2 * b["health/guidance_part"], rel=0.2)
+
+
 def test_a_run_with_adapters_resumes_and_its_checkpoint_holds_them_alone(world):
     """One UNet as real and fake score; gradients, losses and checkpoint of a LoRA fake score."""
     pytest.importorskip("peft")
