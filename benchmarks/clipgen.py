@@ -129,7 +129,7 @@ def transformer_step(config: Config, device: torch.device, runs: int) -> dict[st
 def transformer_config(config: Config) -> TransformerConfig:
     o, found = config.transformer, tokenizer_config(config)
     width = config.clip.clip_width if config.clip.clip is None else 512
-    return TransformerConfig(found.codes, found.length, width, o.layers, o.width, o.heads, o.dropout)
+    return TransformerConfig(found.codes, found.length, width, o.layers, o.width, o.heads, o.dropout, o.prefix)
 
 
 def counted(net: nn.Module, call: Callable[[Any], Tensor]) -> float:

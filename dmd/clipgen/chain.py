@@ -160,6 +160,9 @@ class Chain:
         data = self.place.together(self._captioned)
         facts = asdict(o) | {"seed": self.config.run.seed, "size": self.config.data.size}
         facts |= {"data": images.digest(data.images), "captions": build.text_digest(data.captions)}
+        if o.clip_text is not None:
+            start = clips.text_start(o.clip_text)
+            facts["clip_text"] = checkpoint.digest(start.network)
         folder = self._cached("clip", facts)
         if not (folder / clips.WEIGHTS).exists():
             self._teach_clip(data, folder)
@@ -170,14 +173,17 @@ class Chain:
 
         o, place = self.config.clip, self.place
         drawn = self.config.data.captioned is None
-        words = shapes.words() if drawn else miniature.common_words(data.captions, WORDS)
-        place.first(lambda: miniature.write_tokenizer(words, o.clip_tokens, folder / clips.WORDS))
-        count = len(json.loads((folder / clips.WORDS / "vocab.json").read_text(encoding="utf-8")))
         sizes = ConvSizes(o.clip_patch, o.clip_widths, o.clip_blocks)
-        facts = SmallClipConfig(
-            self.config.data.size, sizes, o.clip_text_width, o.clip_text_layers, o.clip_tokens, count, o.clip_width
-        )
-        net = self._fresh(lambda: SmallClipNet(facts))
+        if o.clip_text is None:
+            words = shapes.words() if drawn else miniature.common_words(data.captions, WORDS)
+            place.first(lambda: miniature.write_tokenizer(words, o.clip_tokens, folder / clips.WORDS))
+            count = len(json.loads((folder / clips.WORDS / "vocab.json").read_text(encoding="utf-8")))
+            text = (o.clip_text_width, o.clip_text_layers, o.clip_tokens, count)
+            net = self._fresh(lambda: SmallClipNet(SmallClipConfig(self.config.data.size, sizes, *text, o.clip_width)))
+        else:
+            start = clips.text_start(o.clip_text)
+            place.first(lambda: start.tokenizer.save_pretrained(folder / clips.WORDS))
+            net = self._fresh(lambda: clips.beginning_with(start, self.config.data.size, sizes, o.clip_width))
         small = SmallClip(net, stable_diffusion.tokenizer(folder / clips.WORDS))
         tokens = torch.cat([small.tokens(data.captions[i : i + 500]).cpu() for i in range(0, len(data), 500)])
         numbers = {text: i for i, text in enumerate(dict.fromkeys(data.captions))}
@@ -290,7 +296,14 @@ class Chain:
         o, run, place = self.config.transformer, self.config.run, self.place
         gap = make_gap(self.config, embeddings, clip)
         sizes = TransformerConfig(
-            found.config.codes, found.config.length, clip.width, o.layers, o.width, o.heads, o.dropout
+            found.config.codes,
+            found.config.length,
+            clip.width,
+            o.layers,
+            o.width,
+            o.heads,
+            o.dropout,
+            o.prefix,
         )
         net = self._fresh(lambda: ConditionalTransformer(sizes))
         ema = Ema(net, o.ema)

@@ -15,16 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dmd import checkpoint
+from dmd import checkpoint, shipped
 from dmd.clipgen.networks import ConvSizes, Encoder, sizes_from
 from dmd.clipgen.tokenizer import Update
 from dmd.ema import Ema
 from dmd.errors import InputError
+from dmd.teachers import stable_diffusion
+from dmd.teachers.stable_diffusion import TextEncoder
 
 CONFIG, WEIGHTS, WORDS = "config.json", "model.safetensors", "tokenizer"
 KIND = "dmd-small-clip"
 OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 MAX_LOGIT_SCALE = 4.6052  # ln 100
+TEXT_HEADS = 4
 SQUEEZED = 16  # channels of each place of the grid before all places are joined
 
 
@@ -149,7 +152,7 @@ class SmallClipNet(nn.Module):
                 intermediate_size=4 * config.text_width,
                 projection_dim=config.width,
                 num_hidden_layers=config.text_layers,
-                num_attention_heads=4,
+                num_attention_heads=TEXT_HEADS,
                 max_position_embeddings=config.tokens,
                 bos_token_id=config.vocabulary - 2,
                 eos_token_id=config.vocabulary - 1,
@@ -166,6 +169,35 @@ class SmallClipNet(nn.Module):
     def of_tokens(self, tokens: Tensor) -> Tensor:
         """Tokens (B, L) to embeddings (B, width) of length one."""
         return F.normalize(self.text(input_ids=tokens).text_embeds.float(), dim=-1)
+
+
+def text_start(source: str) -> TextEncoder:
+    """The text encoder of a pipeline: of a folder in Stable Diffusion's layout, or of one that ships.
+
+    Raises:
+        InputError: there is none, or a small CLIP cannot begin with it.
+    """
+    found = stable_diffusion.text_encoder(Path(shipped.resolve(source)))
+    c = found.network.config
+    if (c.num_attention_heads, c.intermediate_size) != (TEXT_HEADS, 4 * c.hidden_size):
+        raise InputError(
+            f"the text encoder of {source} has {c.num_attention_heads} heads and layers of {c.intermediate_size}: a "
+            f"small CLIP can begin with {TEXT_HEADS} heads and {4 * c.hidden_size}"
+        )
+    return found
+
+
+def beginning_with(start: TextEncoder, size: int, sizes: ConvSizes, width: int) -> SmallClipNet:
+    """A fresh network but for its text encoder, which is `start`'s: what words mean need not be learnt again.
+
+    As locked-image tuning (Zhai et al. 2022, arXiv 2111.07991) the other way about, and nothing is locked.
+    """
+    c = start.network.config
+    text = (c.hidden_size, c.num_hidden_layers, c.max_position_embeddings, c.vocab_size)
+    net = SmallClipNet(SmallClipConfig(size, sizes, *text, width))
+    weights = start.network.state_dict()  # which has the prefix in transformers 4 only
+    net.text.text_model.load_state_dict({name.removeprefix("text_model."): v for name, v in weights.items()})
+    return net
 
 
 class SmallClip:
@@ -238,8 +270,6 @@ def _is_small(folder: Path) -> bool:
 
 
 def _load_small(folder: Path, device: torch.device) -> SmallClip:
-    from dmd.teachers import stable_diffusion
-
     raw = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     try:
         del raw["kind"]

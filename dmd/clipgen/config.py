@@ -84,6 +84,10 @@ class ClipOptions:
     clip_patch: int = 2
     clip_widths: tuple[int, ...] = (32, 64, 96)
     clip_blocks: int = 1
+    clip_text: str | None = None
+    """Begin with the text encoder and tokenizer of this pipeline: a folder in Stable Diffusion's layout, or
+    "shapes-teacher", which ships and knows already what captions of shapes say. The four sizes below are then its own.
+    Left out, texts are learnt from nothing."""
     clip_text_width: int = 128
     clip_text_layers: int = 2
     clip_tokens: int = 24
@@ -105,6 +109,8 @@ class TransformerOptions:
     width: int = 128
     heads: int = 4
     dropout: float = 0.0
+    prefix: int = 1
+    """Inputs that an embedding becomes, by a linear map; the papers' transformers have one."""
     gap: GapKind = "centre+noise"
     """What is done about text embeddings lying elsewhere than image embeddings: subtract each kind's mean ("centre"),
     train with noise on the embeddings ("noise"), both, or nothing."""
@@ -195,7 +201,7 @@ def check(config: Config) -> None:
         "--clip-blocks": c.clip_blocks, "--clip-text-width": c.clip_text_width,
         "--clip-text-layers": c.clip_text_layers, "--clip-tokens": c.clip_tokens, "--clip-width": c.clip_width,
         "--clip-images": c.clip_images, "--clip-steps": c.clip_steps,
-        "--clip-lr": c.clip_lr, "--layers": m.layers, "--width": m.width, "--heads": m.heads,
+        "--clip-lr": c.clip_lr, "--layers": m.layers, "--width": m.width, "--heads": m.heads, "--prefix": m.prefix,
         "--max-train-steps": m.max_train_steps, "--batch-size": m.batch_size, "--learning-rate": m.learning_rate,
         "--max-grad-norm": m.max_grad_norm, "--temperature": s.temperature, "--candidates": s.candidates,
         "--sample-batch-size": s.sample_batch_size, "--checkpoints-total-limit": r.checkpoints_total_limit,

@@ -36,6 +36,7 @@ class TransformerConfig:
         condition: numbers in an embedding.
         layers, width, heads: of the transformer.
         dropout: everywhere in it.
+        prefix: inputs that the embedding becomes. One, as published, must carry all of it through the first layers.
     """
 
     codes: int
@@ -45,6 +46,7 @@ class TransformerConfig:
     width: int
     heads: int
     dropout: float = 0.0
+    prefix: int = 1
 
 
 class ConditionalTransformer(nn.Module):
@@ -58,7 +60,7 @@ class ConditionalTransformer(nn.Module):
         self.gpt: Any = GPT2LMHeadModel(
             GPT2Config(
                 vocab_size=config.codes,
-                n_positions=config.length,  # the prefix, and all tokens but the last
+                n_positions=config.prefix + config.length - 1,  # all tokens but the last
                 n_embd=config.width,
                 n_layer=config.layers,
                 n_head=config.heads,
@@ -71,20 +73,20 @@ class ConditionalTransformer(nn.Module):
                 eos_token_id=None,
             )
         )
-        self.project = nn.Linear(config.condition, config.width)
-        self.null = nn.Parameter(0.02 * torch.randn(config.width))
+        self.project = nn.Linear(config.condition, config.prefix * config.width)
+        self.null = nn.Parameter(0.02 * torch.randn(config.prefix, config.width))
 
     def prefix(self, condition: Tensor, dropped: Tensor | None = None) -> Tensor:
-        """The first input (B, 1, width).
+        """The first inputs (B, prefix, width).
 
         Args:
             condition: (B, condition).
             dropped: bool (B,), where the learnt embedding of no condition stands instead.
         """
-        found = self.project(condition)
+        found = self.project(condition).unflatten(1, self.null.shape)
         if dropped is not None:
-            found = torch.where(dropped[:, None], self.null.to(found.dtype), found)
-        return found[:, None]
+            found = torch.where(dropped[:, None, None], self.null.to(found.dtype), found)
+        return found
 
     def forward(self, condition: Tensor, tokens: Tensor, dropped: Tensor | None = None) -> Tensor:
         """Logits (B, length, codes) of every token, each from those before it.
@@ -96,10 +98,10 @@ class ConditionalTransformer(nn.Module):
         """
         before = self.gpt.transformer.wte(tokens[:, :-1])
         inputs = torch.cat((self.prefix(condition, dropped), before), dim=1)
-        return self.gpt(inputs_embeds=inputs, use_cache=False).logits
+        return self.gpt(inputs_embeds=inputs, use_cache=False).logits[:, self.config.prefix - 1 :]
 
     def start(self, prefix: Tensor) -> tuple[Tensor, Any]:
-        """Logits (B, codes) of the first token after a prefix (B, 1, width), and the keys and values so far."""
+        """Logits (B, codes) of the first token after the prefix (B, prefix, width), and the keys and values so far."""
         out = self.gpt(inputs_embeds=prefix, use_cache=True)
         return out.logits[:, -1], out.past_key_values
 

@@ -18,6 +18,8 @@ UNSEEN = 1 << 42
 """Scenes and drawings from this index on are for judging, those below for teaching."""
 CAPTIONED = 1 << 40
 """Those from this index on teach the small CLIP; those below are without captions."""
+HARD = 3
+"""Pairs that differ in a shape, for each that differs in another attribute."""
 
 
 def drawings(seed: int, first: int, count: int, split: Split) -> tuple[Tensor, list[Scene]]:
@@ -31,7 +33,7 @@ def captioned(seed: int, count: int) -> Captioned:
     """Captioned drawings of the train split in pairs (rows 2k and 2k + 1) whose scenes differ in one thing only.
 
     So a batch of pairs asks for every attribute: without them two things' colours tell most captions apart, and CLIP
-    would not have to look at the rest.
+    would not have to look at the rest. Pairs of unlike shapes, which are told apart last, come `HARD` times as often.
     """
     index = torch.arange(CAPTIONED, CAPTIONED + -(-count // 2))
     scenes = shapes.scenes(seed, index, "train")
@@ -43,23 +45,27 @@ def captioned(seed: int, count: int) -> Captioned:
 
 
 def _neighbour(scene: Scene, words: Tensor) -> Scene:
-    kinds = [kind for kind in neighbours(scene) if kind]
+    kinds = [kind for attribute, kind in neighbours(scene) if kind for _ in range(HARD if attribute == "shape" else 1)]
     kind = kinds[int(as_integers(words[0], len(kinds)))]
     return kind[int(as_integers(words[1], len(kind)))]
 
 
-def neighbours(scene: Scene) -> list[list[Scene]]:
+def neighbours(scene: Scene) -> list[tuple[str, list[Scene]]]:
     """All scenes of the train split that differ from this one in one attribute, by attribute; sizes only if named."""
     places = PLACES if len(scene.things) == 1 else RELATIONS
-    changes: list[list[dict[str, Any]]] = [[{"background": b} for b in COLOURS], [{"where": w} for w in places]]
+    changes: list[tuple[str, list[dict[str, Any]]]] = [
+        ("background", [{"background": b} for b in COLOURS]),
+        ("where", [{"where": w} for w in places]),
+    ]
     for k, thing in enumerate(scene.things):
-        variants = [[replace(thing, shape=s) for s in SHAPES], [replace(thing, colour=c) for c in COLOURS]]
+        variants = [("shape", [replace(thing, shape=s) for s in SHAPES])]
+        variants.append(("colour", [replace(thing, colour=c) for c in COLOURS]))
         if thing.size is not None:
-            variants.append([replace(thing, size=s) for s in SIZES])
+            variants.append(("size", [replace(thing, size=s) for s in SIZES]))
         before, after = scene.things[:k], scene.things[k + 1 :]
-        changes += [[{"things": (*before, v, *after)} for v in kind] for kind in variants]
-    found = [[s for change in kind for s in _possible(scene, change)] for kind in changes]
-    return [[s for s in kind if s != scene and not shapes.held_out(s)] for kind in found]
+        changes += [(name, [{"things": (*before, v, *after)} for v in kind]) for name, kind in variants]
+    found = [(name, [s for change in kind for s in _possible(scene, change)]) for name, kind in changes]
+    return [(name, [s for s in kind if s != scene and not shapes.held_out(s)]) for name, kind in found]
 
 
 def _possible(scene: Scene, change: dict[str, Any]) -> list[Scene]:

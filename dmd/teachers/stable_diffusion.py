@@ -168,28 +168,43 @@ def load(
     for part in layout.STEMS:
         layout.weights(folder, part, variant)
     from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
-    from transformers import CLIPTextModel
 
     classes = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
-    text = tokenizer(folder / "tokenizer")
     unet = _network(UNet2DConditionModel, folder / "unet", variant, dtype, device)
     vae = _network(classes[settings.vae], folder / "vae", variant, dtype, device).requires_grad_(False)
-    network = _network(CLIPTextModel, folder / "text_encoder", variant, dtype, device).requires_grad_(False)
-    if len(text) > network.config.vocab_size:
-        raise InputError(
-            f"{folder / 'tokenizer'} has {len(text)} tokens, but the text encoder knows "
-            f"{network.config.vocab_size}: they are not of one pipeline"
-        )
     make = codec.KL if settings.vae == "AutoencoderKL" else codec.Tiny
     return StableDiffusion(
         NetworkDenoiser(TimestepNet(unet, settings.schedule), settings.schedule, settings.prediction, autocast).eval(),
-        TextEncoder(text, network),
+        text_encoder(folder, variant, dtype, device),
         make(vae, vae.config.scaling_factor),
         settings,
         folder,
         export.public_name(source),
         variant,
     )
+
+
+def text_encoder(
+    folder: Path,
+    variant: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> TextEncoder:
+    """The text encoder of a pipeline's folder with its tokenizer, frozen.
+
+    Raises:
+        InputError: one of them is missing or damaged, or they do not belong together.
+    """
+    from transformers import CLIPTextModel
+
+    words = tokenizer(folder / "tokenizer")
+    network = _network(CLIPTextModel, folder / "text_encoder", variant, dtype, device).requires_grad_(False)
+    if len(words) > network.config.vocab_size:
+        raise InputError(
+            f"{folder / 'tokenizer'} has {len(words)} tokens, but the text encoder knows "
+            f"{network.config.vocab_size}: they are not of one pipeline"
+        )
+    return TextEncoder(words, network)
 
 
 def load_tiny(source: str, device: torch.device | str = "cpu") -> codec.Tiny:

@@ -121,6 +121,31 @@ def small(words, length=8):
     return SmallClip(net, stable_diffusion.tokenizer(folder))
 
 
+def test_a_small_clip_may_begin_with_the_text_encoder_of_a_pipeline():
+    """What ships knows captions of shapes; what the small CLIP says of their words is the same before it learns."""
+    start = clips.text_start("shapes-teacher")
+    net = little.seeded(lambda: clips.beginning_with(start, 16, ConvSizes(4, (8, 16), 1), 8)).eval()
+    texts = ["a small red circle at the left on a blue background", "a red ring above a large blue star on a pink one"]
+    tokens = start.tokenizer(texts, padding="max_length", max_length=start.length, return_tensors="pt").input_ids
+    assert torch.equal(net.text(input_ids=tokens).last_hidden_state, start.encode(texts)["text"])
+    assert SmallClip(net, start.tokenizer).texts(texts).shape == (2, 8)
+
+
+def test_a_text_encoder_that_does_not_fit_is_refused(tmp_path, words):
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    folder = tmp_path / "pipeline"
+    folder.mkdir()
+    (folder / "tokenizer").symlink_to(words[0])
+    sizes = {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 1, "max_position_embeddings": 8}
+    two = CLIPTextConfig(
+        vocab_size=words[1], num_attention_heads=2, bos_token_id=words[1] - 2, eos_token_id=words[1] - 1, **sizes
+    )
+    CLIPTextModel(two).save_pretrained(folder / "text_encoder")
+    with pytest.raises(InputError, match="has 2 heads and layers of 64: a small CLIP can begin with 4 heads and 64"):
+        clips.text_start(str(folder))
+
+
 def test_a_small_clip_learns_which_text_is_whose(tmp_path, words):
     encoder = small(words)
     texts = ["a red square", "a green square", "a blue square", "red", "green", "blue"]

@@ -148,6 +148,15 @@ def test_neighbours_differ_in_one_word(rng):
     assert kinds & set(shapes.PLACES) and kinds & {"above", "below", "left-of", "right-of"}
 
 
+def test_pairs_of_unlike_shapes_come_most_often():
+    """Three times as often as each other kind; a thing has a shape, a colour and in half of the scenes a size."""
+    found = [shapes.parse(text) for text in world.captioned(0, 4000).captions]
+    things = [(a.things, b.things) for a, b in zip(found[0::2], found[1::2], strict=True)]
+    shape = sum(any(x.shape != y.shape for x, y in zip(a, b, strict=True)) for a, b in things) / len(things)
+    colour = sum(any(x.colour != y.colour for x, y in zip(a, b, strict=True)) for a, b in things) / len(things)
+    assert shape == pytest.approx(3 * colour, rel=0.15)
+
+
 def test_no_split_shares_a_drawing():
     """Tokenizer and transformer, the small CLIP, and the judges see other indices; held-out pairs are the judges'."""
     assert 10**9 < world.CAPTIONED < world.UNSEEN - 10**9

@@ -29,8 +29,9 @@ def task(config=little.SHAPE, weight=0.0, reembed=None, lr=1e-2):
 
 
 @torch.no_grad()
-def test_the_cache_changes_no_logit(batch):
-    net = little.transformer()
+@pytest.mark.parametrize("prefix", [1, 3])
+def test_the_cache_changes_no_logit(batch, prefix):
+    net = little.transformer(replace(little.SHAPE, prefix=prefix))
     full = net(batch.condition, batch.tokens, batch.dropped)
     logits, past = net.start(net.prefix(batch.condition, batch.dropped))
     steps = [logits]
@@ -41,9 +42,9 @@ def test_the_cache_changes_no_logit(batch):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("t", [0, 4, 8])
-def test_a_token_is_told_by_the_condition_and_those_before_it(batch, t):
-    net = little.transformer()
+@pytest.mark.parametrize(("t", "prefix"), [(0, 1), (4, 1), (8, 1), (4, 3)])
+def test_a_token_is_told_by_the_condition_and_those_before_it(batch, t, prefix):
+    net = little.transformer(replace(little.SHAPE, prefix=prefix))
     before = net(batch.condition, batch.tokens)
     other = batch.tokens.clone()
     other[:, t:] = (other[:, t:] + 1) % 11
