@@ -256,6 +256,31 @@ def test_student_stays_when_fake_equals_real(family):
     assert float(figures["loss/matching"]) == 0.0 == float(figures["health/fake_real_gap"])
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_student_stays_when_fake_equals_the_guided_real(family):
+    """Bitwise too: guidance has no formula of its own, in which the parts would only nearly cancel."""
+
+    class Twin(NetworkDenoiser):
+        """The guided real score, rounded as it is there."""
+
+        def forward(self, x_t, t, cond):
+            return (guided(x_t, t, cond) + 0.0 * super().forward(x_t, t, cond)).float()
+
+    schedule, prediction = FAMILIES[family]
+    null = {"label": torch.tensor([CLASSES])}
+    guided = Guided(NetworkDenoiser(Net(1), schedule, prediction), 3.0, null).requires_grad_(False)
+    distiller = build(
+        family, scale=3.0, lambda_reg=0.0, dtype=torch.float32, optimizer=lambda p: torch.optim.Adam(p, lr=1e-2)
+    )
+    distiller.fake = Twin(distiller.fake.net, schedule, prediction).eval()
+    guided.eval()
+    before = weights(distiller.student)
+    figures = distiller.step(0, Iteration([draw(3, 6, 2, 6, torch.float32)]))
+    assert moved(before, distiller.student) == set()
+    assert float(figures["loss/matching"]) == 0.0
+    assert float(figures["health/guidance_part"]) > 0.0
+
+
 @pytest.mark.parametrize(
     ("scale", "real_rows"), [(1.0, [6]), (3.0, [12])], ids=["plain", "guided: both halves in one call"]
 )
