@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ from accelerate.utils import gather_object, parse_flag_from_env
 from torch import Tensor
 
 import dmd
-from dmd import checkpoint, evaluation, log, pairs, ranking, sharding, shipped, teachers
+from dmd import checkpoint, evaluation, log, pairs, ranking, seeding, sharding, shipped, teachers
 from dmd.batches import DistillBatches, Share, TeachBatches
 from dmd.codec import Codec
 from dmd.config import Config, RunOptions, check, real_guidance
@@ -34,6 +34,7 @@ from dmd.metrics.networks import FeatureNet
 from dmd.noise import Karras
 from dmd.pipeline import Pipeline, conditions
 from dmd.run import Cadence, Run, clip_and_check
+from dmd.seeding import Stream
 from dmd.solvers import Solver, ddim, heun
 from dmd.teach import Teacher, lognormal_times
 from dmd.teachers import lora, pixel, samplers, switches
@@ -355,6 +356,31 @@ def make_pairs(
 
     _share(place, folder, spec, make)
     return place.together(lambda: pairs.Pairs(folder, spec))
+
+
+WATCHED = 16
+"""So many pairs are pictured, and measured for drift, at every evaluation."""
+WATCHED_AT_ONCE = 4
+"""Guidance and decoding at full size leave little memory beside training."""
+
+
+def watched(
+    config: Config, teacher: Pipeline, asked: Sequence[str], store: pairs.Pairs | None, place: Workplace
+) -> list[evaluation.Watched]:
+    """What a run is looked at by, in work units: the first of its pairs, or a few made for this where it has none."""
+    if store is None:
+        spec = replace(pair_spec(config, teacher, asked), count=WATCHED, shard_size=WATCHED)
+        store = make_pairs(config, teacher, asked, spec, place, pair_folder(config, spec))
+    encode, units = conditions(teacher, asked), []
+    for index in torch.arange(min(WATCHED, len(store))).split(WATCHED_AT_ONCE):
+        y_ref, number = store[index]
+        seeds = evaluation.IN_LOOP_SEED + index.to(place.device)
+        z, noise = (
+            seeding.normal(config.run.seed, Stream.SAMPLE, 0, s, teacher.shape) for s in (seeds, seeds + WATCHED)
+        )
+        cond = {k: v.to(place.device) for k, v in encode(number).items()}
+        units.append(evaluation.Watched(z, noise, store.noise(index.to(place.device)), y_ref.to(place.device), cond))
+    return units
 
 
 def metric(config: Config, device: torch.device) -> Distance:

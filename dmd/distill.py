@@ -181,7 +181,7 @@ class Distiller:
             if len(x_ref):
                 regression, part = self._regression(x_ref, batch), len(x_ref) / paired
                 loss = loss + part * self.lambda_reg * regression
-                add(part, {"loss/regression": regression.detach()} | _drift(x_ref.detach(), batch.y_ref))
+                add(part, {"loss/regression": regression.detach()})
             loss.backward()
         return samples, figures
 
@@ -234,11 +234,3 @@ class Distiller:
     @torch.no_grad()
     def _sample(self, batch: CriticBatch) -> Samples:
         return Samples(one_step(self.student, batch.z, batch.cond), batch.cond, batch.t, batch.noise)
-
-
-def _drift(x_ref: Tensor, y_ref: Tensor) -> dict[str, Tensor]:
-    """Brightness and contrast of the student's images minus the teacher's from the same noise."""
-    return {
-        "health/brightness_drift": x_ref.mean() - y_ref.mean(),
-        "health/contrast_drift": x_ref.std() - y_ref.std(),
-    }
