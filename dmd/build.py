@@ -9,12 +9,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, parse_flag_from_env
+from accelerate.utils import InitProcessGroupKwargs, gather_object, parse_flag_from_env
 from torch import Tensor
 
 import dmd
@@ -48,6 +49,11 @@ SOLVERS: dict[str, tuple[Solver, Callable[[int], int]]] = {
     **samplers.SAMPLERS,
 }
 """Solver and its network evaluations for n steps, by the option's value."""
+
+
+PATIENCE = timedelta(hours=12)
+"""So long do processes wait for the main one, which evaluates and concludes alone. torch's default with NCCL is ten
+minutes; launchers end a job at once when one of its processes dies, whatever this is."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +99,10 @@ def workplace(config: Config) -> Workplace:
 
 
 def start(run: RunOptions) -> Workplace:
-    """As `workplace`, for commands without a whole config."""
-    accelerator = Accelerator(cpu=run.cpu)
+    """As `workplace`, for commands without a whole config. Raises InputError if a package that it needs is missing."""
+    if run.report_to == "wandb":
+        log.require_wandb()
+    accelerator = Accelerator(cpu=run.cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
     torch.backends.cuda.matmul.allow_tf32 = run.allow_tf32
     torch.backends.cudnn.allow_tf32 = run.allow_tf32
     return Workplace(accelerator, torch.bfloat16 if run.mixed_precision == "bf16" else None)
@@ -341,18 +349,19 @@ def make_pairs(
     encode = conditions(teacher, asked)
 
     @torch.no_grad()
-    def sample(z: Tensor, number: Tensor) -> Tensor:
+    def sample(z: Tensor, number: Tensor, tick: Callable[[int], object]) -> Tensor:
         found = []
         for noise, numbers in zip(z.split(250), number.split(250), strict=True):
             cond = {k: v.to(place.device) for k, v in encode(numbers).items()}
             found.append(generator(noise.to(place.device), cond).cpu())
+            tick(len(noise))
         return torch.cat(found)
 
     def make(shards: list[int]) -> None:
         total = sum(len(spec.indices(i)) for i in shards)
         with log.progress(total, 0, "pairs", place.main, "pair") as bar:
-            for count in pairs.make(folder, spec, shards, sample):
-                bar.update(count)
+            for _ in pairs.make(folder, spec, shards, lambda z, number: sample(z, number, bar.update)):
+                pass  # a shard is on the disk
 
     _share(place, folder, spec, make)
     return place.together(lambda: pairs.Pairs(folder, spec))
@@ -708,7 +717,7 @@ def adam_8bit(net: torch.nn.Module, lr: float, betas: tuple[float, float], weigh
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
-        raise InputError("--adam-8bit needs the package bitsandbytes: pip install 'dmd[cuda]'") from None
+        raise InputError("--adam-8bit needs the package bitsandbytes: pip install 'dmd-one-step[cuda]'") from None
     if not torch.cuda.is_available():
         raise InputError("--adam-8bit needs a CUDA GPU, and there is none: leave it out")
     optimizer = AdamW8bit(net.parameters(), lr=lr, betas=betas, weight_decay=weight_decay)

@@ -226,9 +226,8 @@ class Chain:
         d = self.config.distill
         updates = progress.step
         critic = 0 if d.objective == "regression" else updates * d.critic_steps_per_generator_step
-        per_step = (0 if d.objective == "regression" else d.batch_size) + (
-            0 if d.objective == "matching" else d.pair_batch_size
-        )
+        fresh = 0 if d.objective == "regression" else d.batch_size * d.critic_steps_per_generator_step
+        per_step = fresh + (0 if d.objective == "matching" else d.pair_batch_size)
         teacher, student = figures["teacher"], figures["student"]
         summary = {
             "preset": self.config.preset,

@@ -256,7 +256,9 @@ def test_drift_is_that_of_decoded_images_with_and_without_pairs(world, tmp_path,
     run = world / "run"
     if objective == "matching":
         run = tmp_path / "run"
-        train.main(flags(world, run, "--objective", objective, "--max-train-steps", "2"))
+        more = ("--objective", objective, "--max-train-steps", "2", "--critic-steps-per-generator-step", "2")
+        train.main(flags(world, run, *more))
+        assert json.loads((run / "summary.json").read_text())["images_seen"] == 2 * (4 + 4)
     config = read(run / "config.json")
     teacher = teachers.load(world / "teacher")
     spec = build.pair_spec(config, teacher, build.prompts(config, None))
