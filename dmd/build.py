@@ -9,13 +9,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, gather_object, parse_flag_from_env
+from accelerate.utils import gather_object, parse_flag_from_env
 from torch import Tensor
 
 import dmd
@@ -49,11 +48,6 @@ SOLVERS: dict[str, tuple[Solver, Callable[[int], int]]] = {
     **samplers.SAMPLERS,
 }
 """Solver and its network evaluations for n steps, by the option's value."""
-
-
-PATIENCE = timedelta(hours=12)
-"""So long do processes wait for the main one, which evaluates and concludes alone. torch's default with NCCL is ten
-minutes; launchers end a job at once when one of its processes dies, whatever this is."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +96,7 @@ def start(run: RunOptions) -> Workplace:
     """As `workplace`, for commands without a whole config. Raises InputError if a package that it needs is missing."""
     if run.report_to == "wandb":
         log.require_wandb()
-    accelerator = Accelerator(cpu=run.cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
+    accelerator = Accelerator(cpu=run.cpu)
     torch.backends.cuda.matmul.allow_tf32 = run.allow_tf32
     torch.backends.cudnn.allow_tf32 = run.allow_tf32
     return Workplace(accelerator, torch.bfloat16 if run.mixed_precision == "bf16" else None)
