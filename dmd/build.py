@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ from accelerate.utils import gather_object, parse_flag_from_env
 from torch import Tensor
 
 import dmd
-from dmd import checkpoint, evaluation, log, pairs, ranking, sharding, shipped, teachers
+from dmd import checkpoint, evaluation, log, pairs, ranking, seeding, sharding, shipped, teachers
 from dmd.batches import DistillBatches, Share, TeachBatches
 from dmd.codec import Codec
 from dmd.config import Config, RunOptions, check, real_guidance
@@ -34,6 +34,7 @@ from dmd.metrics.networks import FeatureNet
 from dmd.noise import Karras
 from dmd.pipeline import Pipeline, conditions
 from dmd.run import Cadence, Run, clip_and_check
+from dmd.seeding import Stream
 from dmd.solvers import Solver, ddim, heun
 from dmd.teach import Teacher, lognormal_times
 from dmd.teachers import lora, pixel, samplers, switches
@@ -92,7 +93,9 @@ def workplace(config: Config) -> Workplace:
 
 
 def start(run: RunOptions) -> Workplace:
-    """As `workplace`, for commands without a whole config."""
+    """As `workplace`, for commands without a whole config. Raises InputError if a package that it needs is missing."""
+    if run.report_to == "wandb":
+        log.require_wandb()
     accelerator = Accelerator(cpu=run.cpu)
     torch.backends.cuda.matmul.allow_tf32 = run.allow_tf32
     torch.backends.cudnn.allow_tf32 = run.allow_tf32
@@ -340,21 +343,47 @@ def make_pairs(
     encode = conditions(teacher, asked)
 
     @torch.no_grad()
-    def sample(z: Tensor, number: Tensor) -> Tensor:
+    def sample(z: Tensor, number: Tensor, tick: Callable[[int], object]) -> Tensor:
         found = []
         for noise, numbers in zip(z.split(250), number.split(250), strict=True):
             cond = {k: v.to(place.device) for k, v in encode(numbers).items()}
             found.append(generator(noise.to(place.device), cond).cpu())
+            tick(len(noise))
         return torch.cat(found)
 
     def make(shards: list[int]) -> None:
         total = sum(len(spec.indices(i)) for i in shards)
         with log.progress(total, 0, "pairs", place.main, "pair") as bar:
-            for count in pairs.make(folder, spec, shards, sample):
-                bar.update(count)
+            for _ in pairs.make(folder, spec, shards, lambda z, number: sample(z, number, bar.update)):
+                pass  # a shard is on the disk
 
     _share(place, folder, spec, make)
     return place.together(lambda: pairs.Pairs(folder, spec))
+
+
+WATCHED = 16
+"""So many pairs are pictured, and measured for drift, at every evaluation."""
+WATCHED_AT_ONCE = 4
+"""Guidance and decoding at full size leave little memory beside training."""
+
+
+def watched(
+    config: Config, teacher: Pipeline, asked: Sequence[str], store: pairs.Pairs | None, place: Workplace
+) -> list[evaluation.Watched]:
+    """What a run is looked at by, in work units: the first of its pairs, or a few made for this where it has none."""
+    if store is None:
+        spec = replace(pair_spec(config, teacher, asked), count=WATCHED, shard_size=WATCHED)
+        store = make_pairs(config, teacher, asked, spec, place, pair_folder(config, spec))
+    encode, units = conditions(teacher, asked), []
+    for index in torch.arange(min(WATCHED, len(store))).split(WATCHED_AT_ONCE):
+        y_ref, number = store[index]
+        seeds = evaluation.IN_LOOP_SEED + index.to(place.device)
+        z, noise = (
+            seeding.normal(config.run.seed, Stream.SAMPLE, 0, s, teacher.shape) for s in (seeds, seeds + WATCHED)
+        )
+        cond = {k: v.to(place.device) for k, v in encode(number).items()}
+        units.append(evaluation.Watched(z, noise, store.noise(index.to(place.device)), y_ref.to(place.device), cond))
+    return units
 
 
 def metric(config: Config, device: torch.device) -> Distance:
@@ -682,7 +711,7 @@ def adam_8bit(net: torch.nn.Module, lr: float, betas: tuple[float, float], weigh
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
-        raise InputError("--adam-8bit needs the package bitsandbytes: pip install 'dmd[cuda]'") from None
+        raise InputError("--adam-8bit needs the package bitsandbytes: pip install 'dmd-one-step[cuda]'") from None
     if not torch.cuda.is_available():
         raise InputError("--adam-8bit needs a CUDA GPU, and there is none: leave it out")
     optimizer = AdamW8bit(net.parameters(), lr=lr, betas=betas, weight_decay=weight_decay)

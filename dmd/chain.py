@@ -2,10 +2,12 @@
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dmd import build, checkpoint, evaluation, ranking, teachers
 from dmd.batches import DistillBatches
@@ -13,7 +15,7 @@ from dmd.build import Workplace
 from dmd.codec import Codec
 from dmd.config import Config
 from dmd.denoiser import Guided, NetworkDenoiser
-from dmd.distill import Batch, Distiller
+from dmd.distill import Distiller
 from dmd.errors import InputError
 from dmd.generate import student_generator
 from dmd.pairs import Pairs
@@ -31,6 +33,9 @@ CARD = (
     "fd_ratio", "caption_agreement", "accuracy", "speedup",
 )  # fmt: skip
 """What of the summary goes into a student's card.json."""
+
+ROWS = ("x", "x0_real", "x0_fake", "student", "teacher")
+"""Titles of what `evaluation.inspect` returns."""
 
 EXTREMES = 8
 """The report shows so many of the best samples, and of the worst."""
@@ -102,7 +107,8 @@ class Chain:
         targets = build.make_images(config, codec, store, place)
         distiller = build.distiller(config, teacher, place, build.regression(config, self.metric, codec, place))
         batches = build.distill_batches(config, teacher, self.prompts, store, place, targets)
-        progress = self._distil(distiller, teacher, batches, judge)
+        watched = build.watched(config, teacher, self.prompts, store, place)
+        progress = self._distil(distiller, teacher, batches, judge, watched)
         if progress.step < config.distill.max_train_steps:
             return self._say(f"stopped after step {progress.step}; the same command goes on")
         if place.main:
@@ -133,8 +139,9 @@ class Chain:
         return build.make_pairs(self.config, teacher, self.prompts, spec, self.place, folder)
 
     def _distil(
-        self, distiller: Distiller, teacher: Pipeline, batches: DistillBatches, judge: evaluation.Judge
-    ) -> Progress:
+        self, distiller: Distiller, teacher: Pipeline, batches: DistillBatches, judge: evaluation.Judge,
+        watched: Sequence[evaluation.Watched],
+    ) -> Progress:  # fmt: skip
         config, d = self.config, self.config.distill
         trained = build.ema_denoiser(distiller)
         student = self.folder / "student"
@@ -146,12 +153,12 @@ class Chain:
             fake = build.whole(distiller.fake, teacher, self.place)
             if not self.place.main:
                 return {}
-            self._picture(distiller.real, fake, average, batches(0).batches[0], teacher.codec, step)
+            health = self._look(distiller.real, fake, average, watched, teacher.codec, step)
             if judge.best is None:
                 teacher.save(average, student, self._made(step))
             if not judge.measures:
-                return {}
-            return judge.in_loop(student_generator(average), config.evaluation.eval_samples)
+                return health
+            return judge.in_loop(student_generator(average), config.evaluation.eval_samples) | health
 
         run = Run(
             self.folder,
@@ -175,19 +182,20 @@ class Chain:
         )
         return run.train()
 
-    def _picture(
-        self, real: Guided, fake: NetworkDenoiser, student: NetworkDenoiser, batch: Batch, codec: Codec, step: int
-    ) -> None:
-        """samples/step-N.png: x, x0_real, x0_fake, y_ref (a row each) from the same noise at every evaluation."""
-        z, y = (batch.z_ref, batch.y_ref) if len(batch.z_ref) else (batch.z, batch.z[:0])
-        n = min(16, len(z))
-        cond = {k: v[-len(z) :][:n] for k, v in batch.cond.items()}
-        rows = evaluation.inspect(student, real, fake, z[:n], y[:n], cond, 0.5, z[:n].flip(0))
-        titles = [t for r, t in zip(rows, ("student", "x0_real", "x0_fake", "teacher"), strict=True) if len(r)]
-        with torch.no_grad():
-            shown = [codec.decode(r) for r in rows if len(r)]
+    def _look(
+        self, real: Guided, fake: NetworkDenoiser, student: NetworkDenoiser, watched: Sequence[evaluation.Watched],
+        codec: Codec, step: int,
+    ) -> dict[str, float]:  # fmt: skip
+        """samples/step-N.png of what the method sees, a row each, and how far its images are from the teacher's."""
+        seen: list[list[Tensor]] = [[] for _ in ROWS]
+        for unit in watched:
+            for row, samples in zip(seen, evaluation.inspect(student, real, fake, unit, 0.5), strict=True):
+                with torch.no_grad():
+                    row.append(codec.decode(samples).cpu())
+        shown = [torch.cat(row) for row in seen]
         path = self.folder / "samples" / f"step-{step:08d}.png"
-        evaluation.save_grid(shown, path, max(1, 32 // shown[0].shape[-1]), titles)
+        evaluation.save_grid(shown, path, max(1, 32 // shown[0].shape[-1]), ROWS)
+        return evaluation.drift(shown[-2], shown[-1])
 
     def _conclude(self, progress: Progress, teacher: Pipeline, real: Guided, judge: evaluation.Judge) -> None:
         """Compare the best student with its teacher, write summary.json, the pictures and the report."""
@@ -218,9 +226,8 @@ class Chain:
         d = self.config.distill
         updates = progress.step
         critic = 0 if d.objective == "regression" else updates * d.critic_steps_per_generator_step
-        per_step = (0 if d.objective == "regression" else d.batch_size) + (
-            0 if d.objective == "matching" else d.pair_batch_size
-        )
+        fresh = 0 if d.objective == "regression" else d.batch_size * d.critic_steps_per_generator_step
+        per_step = fresh + (0 if d.objective == "matching" else d.pair_batch_size)
         teacher, student = figures["teacher"], figures["student"]
         summary = {
             "preset": self.config.preset,

@@ -181,7 +181,7 @@ class Distiller:
             if len(x_ref):
                 regression, part = self._regression(x_ref, batch), len(x_ref) / paired
                 loss = loss + part * self.lambda_reg * regression
-                add(part, {"loss/regression": regression.detach()} | _drift(x_ref.detach(), batch.y_ref))
+                add(part, {"loss/regression": regression.detach()})
             loss.backward()
         return samples, figures
 
@@ -193,25 +193,30 @@ class Distiller:
     def _match(self, x: Tensor, batch: Batch, cond: Cond) -> tuple[Tensor, dict[str, Tensor]]:
         """The distribution-matching gradient at the diffused samples, and its health.
 
-        The gradient is the sum of a matching part (x0_fake - x0_cond) and a guidance part (the real score's guidance,
-        negative), which are logged apart and may be taken at different times (Decoupled DMD, arXiv 2511.22677).
+        Guidance's part of it is the gradient that the real score has against itself without guidance. It is logged
+        apart from the rest, and may be taken at other times (Decoupled DMD, arXiv 2511.22677).
         """
         x_t = self.student.schedule.diffuse(x, batch.noise, batch.t)
         x0_cond, guidance = self.real.parts(x_t, batch.t, cond)
         x0_fake = self.fake(x_t, batch.t, cond)
         x0_real = x0_cond if guidance is None else x0_cond + guidance
-        norm = normaliser(x, x0_real)
-        health = {"health/normaliser": norm.mean(), "health/fake_real_gap": (x0_fake - x0_real).abs().mean()}
+        gradient = matching_gradient(x, x0_real, x0_fake)
+        health = {
+            "health/normaliser": normaliser(x, x0_real).mean(),
+            "health/fake_real_gap": (x0_fake - x0_real).abs().mean(),
+        }
         if guidance is None:
-            return matching_gradient(x, x0_real, x0_fake), health
-        match, guide = (x0_fake - x0_cond) / norm, -guidance / norm
+            return gradient, health
+        guide = matching_gradient(x, x0_real, x0_cond)
+        match = gradient - guide
         if batch.t_guidance is not None:
             x_t = self.student.schedule.diffuse(x, batch.noise, batch.t_guidance)
             x0_cond, guidance = self.real.parts(x_t, batch.t_guidance, cond)
             assert guidance is not None
-            guide = -guidance / normaliser(x, x0_cond + guidance)
+            guide = matching_gradient(x, x0_cond + guidance, x0_cond)
+            gradient = match + guide
         health |= {"health/matching_part": match.abs().mean(), "health/guidance_part": guide.abs().mean()}
-        return match + guide, health
+        return gradient, health
 
     def _fake_gradients(self, samples: Sequence[Samples]) -> dict[str, Tensor]:
         """Backward of the fake score's denoising loss on the student's samples."""
@@ -229,11 +234,3 @@ class Distiller:
     @torch.no_grad()
     def _sample(self, batch: CriticBatch) -> Samples:
         return Samples(one_step(self.student, batch.z, batch.cond), batch.cond, batch.t, batch.noise)
-
-
-def _drift(x_ref: Tensor, y_ref: Tensor) -> dict[str, Tensor]:
-    """Brightness and contrast of the student's images minus the teacher's from the same noise."""
-    return {
-        "health/brightness_drift": x_ref.mean() - y_ref.mean(),
-        "health/contrast_drift": x_ref.std() - y_ref.std(),
-    }

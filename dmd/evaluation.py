@@ -17,6 +17,7 @@ from dmd.metrics import caption
 from dmd.metrics.evaluate import Reference, evaluate
 from dmd.metrics.networks import FeatureNet
 from dmd.pipeline import Pipeline, conditions
+from dmd.solvers import one_step
 
 IN_LOOP_SEED = 1 << 32
 """Evaluations in the loop choose the best student, so the final comparison uses other noise: seeds from 0."""
@@ -111,21 +112,44 @@ def caption_measure(scenes: Sequence[Scene]) -> Measure:
     return measure
 
 
-def inspect(
-    student: Denoiser, real: Denoiser, fake: Denoiser, z: Tensor, y_ref: Tensor, cond: Cond, t: float, noise: Tensor
-) -> list[Tensor]:
-    """What the method sees, for a picture: student's x from paired noise, x0_real, x0_fake, and the teacher's y_ref.
+@dataclass(frozen=True, eq=False)
+class Watched:
+    """A few fixed noises by which a run is looked at, whatever it is trained on. N rows each.
 
-    Shapes (B, ...) each. The losses alone do not show convergence; these rows do: x0_real and x0_fake should look
-    alike, x like y_ref in kind.
+    Attributes:
+        z, noise: start of the student's samples, and what they are diffused with.
+        z_ref, y_ref: pairs: noise, and what the guided teacher's sampler makes of it.
+        cond: of both.
     """
-    from dmd.solvers import one_step
 
-    with torch.no_grad():
-        x = one_step(student, z, cond)
-        times = torch.full((len(z),), t, device=z.device)
-        x_t = student.schedule.diffuse(x, noise, times)
-        return [x, real(x_t, times, cond), fake(x_t, times, cond), y_ref]
+    z: Tensor
+    noise: Tensor
+    z_ref: Tensor
+    y_ref: Tensor
+    cond: Cond
+
+
+@torch.no_grad()
+def inspect(student: Denoiser, real: Denoiser, fake: Denoiser, watched: Watched, t: float) -> tuple[Tensor, ...]:
+    """What the method sees: x, x0_real and x0_fake of the diffused x, student(z_ref), y_ref; (N, ...) each.
+
+    The losses alone do not show convergence; these do: x0_real and x0_fake come to look alike, student(z_ref) like
+    y_ref in kind.
+    """
+    x = one_step(student, watched.z, watched.cond)
+    times = torch.full((len(x),), t, device=x.device)
+    x_t = student.schedule.diffuse(x, watched.noise, times)
+    x_ref = one_step(student, watched.z_ref, watched.cond)
+    return x, real(x_t, times, watched.cond), fake(x_t, times, watched.cond), x_ref, watched.y_ref
+
+
+def drift(x_ref: Tensor, y_ref: Tensor) -> dict[str, float]:
+    """Brightness (mean) and contrast (standard deviation) of the student's images (N, C, H, W) minus those of the
+    teacher's from the same noise, in [-1, 1]."""
+    return {
+        "health/brightness_drift": (x_ref.mean() - y_ref.mean()).item(),
+        "health/contrast_drift": (x_ref.std() - y_ref.std()).item(),
+    }
 
 
 def save_grid(rows: Sequence[Tensor], path: Path, scale: int, titles: Sequence[str] = ()) -> None:

@@ -2,11 +2,14 @@
 
 import json
 import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from tqdm import tqdm
+
+from dmd.errors import InputError
 
 
 class Sink(Protocol):
@@ -52,15 +55,30 @@ class TensorBoard:
         self._writer.close()
 
 
+def require_wandb() -> None:
+    """Raises InputError if Weights & Biases is not installed."""
+    try:
+        import wandb  # noqa: F401
+    except ImportError:
+        raise InputError("--report-to wandb needs the package wandb: pip install wandb") from None
+
+
 class Wandb:
-    """Weights & Biases, offline unless the user's environment says otherwise; needs `pip install wandb`."""
+    """Weights & Biases, offline unless the user's environment says otherwise; needs `pip install wandb`.
+
+    A run directory keeps its run's id, so that a resumed run goes on there and another one of the same name does not.
+    """
 
     def __init__(self, folder: Path, config: Mapping[str, Any]):
         import wandb
 
+        known = folder / "wandb" / "id"
+        if not known.exists():
+            known.parent.mkdir(parents=True, exist_ok=True)
+            known.write_text(secrets.token_hex(8))
         self._run = wandb.init(
-            project="dmd", dir=str(folder), id=folder.name, resume="allow", config=dict(config),
-            mode=os.environ.get("WANDB_MODE", "offline"),
+            project="dmd", dir=str(folder), id=known.read_text(), name=folder.resolve().name, resume="allow",
+            config=dict(config), mode=os.environ.get("WANDB_MODE", "offline"),
         )  # fmt: skip
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:

@@ -8,6 +8,7 @@ import contextlib
 import math
 import signal
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -162,11 +163,24 @@ class Run:
         return progress
 
     def resume(self) -> Progress:
-        """Load the newest valid checkpoint into the task, if there is one."""
+        """Load the newest valid checkpoint into the task, if there is one.
+
+        Raises:
+            InputError: there are checkpoints, but all are damaged, or of another architecture.
+        """
         path = checkpoint.latest(self.checkpoints)
+        damaged = [p for p in checkpoint.steps(self.checkpoints) if path is None or p > path]
         self.accelerator.wait_for_everyone()
+        names = ", ".join(p.name for p in damaged)
         if path is None:
+            if damaged:
+                raise InputError(
+                    f"{self.checkpoints} holds no checkpoint that is whole: {names} differ from their manifests; put "
+                    f"back a copy of one, or remove that folder to start over (as --fresh does)"
+                )
             return Progress()
+        if damaged and self.accelerator.is_main_process:
+            print(f"note: {names} in {self.checkpoints} is damaged: going on from {path.name}", file=sys.stderr)
         step, extra = checkpoint.load(path, self.task.modules(), self.task.optimizers())
         return Progress(step, **extra)
 

@@ -199,8 +199,7 @@ def test_micro_batches_add_up_to_the_whole_batch(b, r, m, parts):
         for got, expected in zip(gradients(getattr(parted, role)), gradients(getattr(whole, role)), strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-13)
     for name in figures:
-        if name != "health/contrast_drift":  # a difference of standard deviations is not a mean over samples
-            torch.testing.assert_close(figures_parted[name], figures[name], rtol=1e-9, atol=1e-13)
+        torch.testing.assert_close(figures_parted[name], figures[name], rtol=1e-9, atol=1e-13)
 
 
 def test_micro_batches_of_further_critic_updates_add_up():
@@ -254,6 +253,31 @@ def test_student_stays_when_fake_equals_real(family):
     assert moved(before[0], distiller.student) == set()
     assert moved(before[1], distiller.fake) != set()
     assert float(figures["loss/matching"]) == 0.0 == float(figures["health/fake_real_gap"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_student_stays_when_fake_equals_the_guided_real(family):
+    """Bitwise too: guidance has no formula of its own, in which the parts would only nearly cancel."""
+
+    class Twin(NetworkDenoiser):
+        """The guided real score, rounded as it is there."""
+
+        def forward(self, x_t, t, cond):
+            return (guided(x_t, t, cond) + 0.0 * super().forward(x_t, t, cond)).float()
+
+    schedule, prediction = FAMILIES[family]
+    null = {"label": torch.tensor([CLASSES])}
+    guided = Guided(NetworkDenoiser(Net(1), schedule, prediction), 3.0, null).requires_grad_(False)
+    distiller = build(
+        family, scale=3.0, lambda_reg=0.0, dtype=torch.float32, optimizer=lambda p: torch.optim.Adam(p, lr=1e-2)
+    )
+    distiller.fake = Twin(distiller.fake.net, schedule, prediction).eval()
+    guided.eval()
+    before = weights(distiller.student)
+    figures = distiller.step(0, Iteration([draw(3, 6, 2, 6, torch.float32)]))
+    assert moved(before, distiller.student) == set()
+    assert float(figures["loss/matching"]) == 0.0
+    assert float(figures["health/guidance_part"]) > 0.0
 
 
 @pytest.mark.parametrize(
@@ -375,20 +399,14 @@ def test_dropout_is_off_everywhere():
 
 
 def test_figures_are_detached_scalars_of_the_batch():
-    """Losses and drifts against direct formulas, from copies of the networks before the step."""
+    """Losses against direct formulas, from copies of the networks before the step."""
     distiller, batch = build(), draw(0, 6, 4, 6)
     student = copy.deepcopy(distiller.student)
     figures = distiller.step(0, Iteration([batch]))
     assert all(v.shape == () and not v.requires_grad for v in figures.values())
     with torch.no_grad():
         x_ref = student(80.0 * batch.z_ref, torch.ones(4), {"label": batch.cond["label"][6:]})
-    expected = {
-        "loss/regression": ((x_ref - batch.y_ref) ** 2).mean(),
-        "health/brightness_drift": x_ref.mean() - batch.y_ref.mean(),
-        "health/contrast_drift": x_ref.std() - batch.y_ref.std(),
-    }
-    for name, value in expected.items():
-        torch.testing.assert_close(figures[name], value)
+    torch.testing.assert_close(figures["loss/regression"], ((x_ref - batch.y_ref) ** 2).mean())
     norm = torch.cat([g.flatten() for g in gradients(distiller.fake)]).norm()
     torch.testing.assert_close(figures["grad/fake"], norm)
 

@@ -99,40 +99,49 @@ def test_surrogate_has_the_given_gradient(rng):
     assert float(loss.detach()) == pytest.approx(float((gradient.detach() ** 2).mean() / 2))
 
 
-@pytest.mark.parametrize("family", ["epsilon", "velocity", "flow", "sample"])
+PREDICTIONS = {
+    "epsilon": epsilon, "velocity": velocity, "flow": flow, "sample": sample, "karras": karras(SIGMA_DATA),
+}  # fmt: skip
+
+
+def native_target(family, x_t, x0, noise, alpha, sigma):
+    """What a network of this family is taught to say. EDM's, of x_t / alpha = x0 + s * noise, is from its table 1."""
+    s = sigma / alpha
+    c_skip, c_out = SIGMA_DATA**2 / (s**2 + SIGMA_DATA**2), s * SIGMA_DATA / (s**2 + SIGMA_DATA**2).sqrt()
+    return {
+        "epsilon": noise,
+        "velocity": alpha * noise - sigma * x0,
+        "flow": noise - x0,
+        "sample": x0,
+        "karras": (x0 - c_skip * x_t / alpha) / c_out,
+    }[family]
+
+
+@pytest.mark.parametrize("family", PREDICTIONS)
 def test_denoising_loss_is_the_error_of_the_native_output(schedule, family, rng):
-    """epsilon-, v-, flow- and x0-MSE, each from the network's own output and target."""
+    """epsilon-, v-, flow-, x0-MSE and EDM's, each from the network's own output and target."""
     x0, noise, output = torch.randn(3, 64, 3, generator=rng, dtype=torch.float64)
     t = torch.linspace(0.05, 0.95, 64)
     alpha, sigma = (v[:, None].double() for v in schedule(t))
     x_t = alpha * x0 + sigma * noise
-    prediction, target = {
-        "epsilon": (epsilon, noise),
-        "velocity": (velocity, alpha * noise - sigma * x0),
-        "flow": (flow, noise - x0),
-        "sample": (sample, x0),
-    }[family]
-    skip, out = prediction(alpha, sigma)
-    native = ((output - target) ** 2).mean()
+    skip, out = PREDICTIONS[family](alpha, sigma)
+    native = ((output - native_target(family, x_t, x0, noise, alpha, sigma)) ** 2).mean()
     torch.testing.assert_close(denoising_loss(skip * x_t + out * output, x0, out), native, rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("family", ["epsilon", "velocity", "flow"])
+@pytest.mark.parametrize("family", PREDICTIONS)
 def test_denoising_loss_of_a_float32_network_is_its_native_error(schedule, family, rng):
     """The same through `NetworkDenoiser`, in the precision of training."""
     x0, noise, output = torch.randn(3, 256, 3, generator=rng)
     t = torch.linspace(0.02, 0.98, 256)
-    alpha, sigma = (v[:, None] for v in schedule(t))
-    prediction, target = {
-        "epsilon": (epsilon, noise),
-        "velocity": (velocity, alpha * noise - sigma * x0),
-        "flow": (flow, noise - x0),
-    }[family]
-    denoiser = NetworkDenoiser(Given(output), schedule, prediction)
+    alpha, sigma = (v[:, None].double() for v in schedule(t))
+    denoiser = NetworkDenoiser(Given(output), schedule, PREDICTIONS[family])
     x_t = schedule.diffuse(x0, noise, t)
     _, out = denoiser.coefficients(t, x_t)
     got = denoising_loss(denoiser(x_t, t, {}), x0, out)
-    torch.testing.assert_close(got, ((output - target) ** 2).mean(), rtol=1e-4, atol=0)
+    x0, noise = x0.double(), noise.double()
+    target = native_target(family, alpha * x0 + sigma * noise, x0, noise, alpha, sigma)
+    torch.testing.assert_close(got, ((output - target) ** 2).mean().float(), rtol=1e-4, atol=0)
 
 
 def test_denoising_loss_is_finite_at_every_time_that_is_drawn(schedule, rng):

@@ -140,13 +140,26 @@ def test_a_finished_run_does_and_writes_nothing_more(tmp_path, accelerator):
     assert [r["step"] for r in lines(tmp_path)] == [2, 2, 4, 4]
 
 
-def test_a_damaged_checkpoint_is_passed_over(tmp_path, accelerator):
+def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path, accelerator, capsys):
     cadence = Cadence(8, checkpoint=2, keep=3)
     run(tmp_path, accelerator, Toy(), cadence).train()
     (tmp_path / "checkpoints" / "step-00000008" / "net.safetensors").write_bytes(b"")
     task = Toy()
     run(tmp_path, accelerator, task, cadence).train()
     assert [s for s, _ in task.seen] == [6, 7]
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert len(notes) == 1 and "step-00000008 in" in notes[0] and notes[0].endswith("going on from step-00000006")
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(tmp_path, accelerator):
+    cadence = Cadence(8, checkpoint=4, keep=3)
+    run(tmp_path, accelerator, Toy(), cadence).train()
+    for weights in (tmp_path / "checkpoints").glob("*/net.safetensors"):
+        weights.write_bytes(b"")
+    before, task = (tmp_path / "metrics.jsonl").read_bytes(), Toy()
+    with pytest.raises(InputError, match="no checkpoint that is whole: step-00000004, step-00000008 differ"):
+        run(tmp_path, accelerator, task, cadence).train()
+    assert task.seen == [] and (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
 class Sink:

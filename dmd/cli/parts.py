@@ -73,7 +73,13 @@ def pairs(argv: Sequence[str], prog: str) -> None:
         place = build.workplace(config)
         data = place.together(lambda: build.image_set(config)) if config.data.data else None
         asked = build.prompts(config, data)
-        teacher = build.load_teacher(config, data, place, build.teacher_source(config, data))
+        source = build.teacher_source(config, data)
+        if config.teacher.teacher is None and not (Path(source) / "model.safetensors").exists():
+            raise InputError(
+                f"no teacher has been taught with these options: run `dmd teach {config.preset}` with the same ones "
+                "first, or give one as --teacher"
+            )
+        teacher = build.load_teacher(config, data, place, source)
         spec = build.pair_spec(config, teacher, asked)
         folder = build.pair_folder(config, spec)
         store = build.make_pairs(config, teacher, asked, spec, place, folder)

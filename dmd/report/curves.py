@@ -102,7 +102,8 @@ HEALTH = (
     Plan(
         "Drift from the teacher",
         [("health/brightness_drift", "brightness"), ("health/contrast_drift", "contrast")],
-        "Both move towards 0: the student’s images are as bright and as rich in contrast as the teacher’s.",
+        "Both move towards 0: images of the student are as bright and as rich in contrast as the teacher’s of the same "
+        "noise. Growth without end means that it saturates or fades.",
         zero=True,
     ),
     Plan(

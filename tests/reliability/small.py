@@ -31,7 +31,14 @@ SPEC = pairs.PairSpec("none", "tanh", 1, 1.0, 5, 3, "abc", CONFIG.shape, 12, 6)
 
 @dataclass(frozen=True)
 class Job:
-    """What to run, and how it is hurt on the way. `stop_at`: the step during which SIGTERM comes to process `rank`."""
+    """What to run, and how it is hurt on the way.
+
+    Attributes:
+        eps: Adam's. The usual one makes steps of signs, which rounding can turn; a large one is near to plain descent.
+        stop_at: the step during which SIGTERM comes to process `stop_rank`.
+        crash_at: the step during which the process ends.
+        micro_batch: the micro-batch of that step in whose loss it happens, counted from 0; None: before the step.
+    """
 
     directory: str
     steps: int = 7
@@ -42,9 +49,11 @@ class Job:
     evaluate: int = 3
     log: int = 4
     keep: int = 1
+    eps: float = 1e-8
     stop_at: int | None = None
     stop_rank: int = 0
     crash_at: int | None = None
+    micro_batch: int | None = None
 
     @property
     def cadence(self) -> Cadence:
@@ -71,8 +80,8 @@ def build(job: Job, share: Share) -> tuple[Distiller, DistillBatches]:
     teacher.to(memory_format=torch.channels_last)
     student, fake = copy.deepcopy(teacher), copy.deepcopy(teacher)
     distiller = Distiller(
-        student, Guided(teacher, 1.0, CONFIG.null()), fake, adam(student), adam(fake), Ema(student.net, 0.9),
-        squared_distance, 0.25, 1.0, clip_and_check,
+        student, Guided(teacher, 1.0, CONFIG.null()), fake, adam(student, job.eps), adam(fake, job.eps),
+        Ema(student.net, 0.9), squared_distance, 0.25, 1.0, clip_and_check,
     )  # fmt: skip
     batches = DistillBatches(
         3, CONFIG.shape, 3, pixel.labels, 12, pair_store(Path(job.directory).parent / "pairs"), 12,
@@ -81,8 +90,8 @@ def build(job: Job, share: Share) -> tuple[Distiller, DistillBatches]:
     return distiller, batches
 
 
-def adam(denoiser: torch.nn.Module) -> torch.optim.Optimizer:
-    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=1e-2, fused=True)
+def adam(denoiser: torch.nn.Module, eps: float) -> torch.optim.Optimizer:
+    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=1e-2, eps=eps, fused=True)
     optimizer.param_groups[0]["initial_lr"] = 1e-2
     return optimizer
 
@@ -98,13 +107,32 @@ def run(job: Job, accelerator: Accelerator | None = None, batch: Any = lambda st
     share = Share(accelerator.process_index, accelerator.num_processes)
     distiller, batches = build(job, share)
     directory = Path(job.directory)
+    now, losses = -1, 0
+
+    def hurt() -> None:
+        if now == job.stop_at and share.rank == job.stop_rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if now == job.crash_at:
+            raise Crash
 
     def batch_at(step: int) -> Any:
-        if step == job.stop_at and share.rank == job.stop_rank:
-            os.kill(os.getpid(), signal.SIGTERM)
-        if step == job.crash_at:
-            raise Crash
+        nonlocal now, losses
+        now, losses = step, 0
+        if job.micro_batch is None:
+            hurt()
         return batch(step, batches(step))
+
+    def distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Asked once in each micro-batch."""
+        nonlocal losses
+        if losses == job.micro_batch:
+            begun = any(p.grad is not None for p in distiller.student.parameters())
+            assert begun == (losses > 0), "not within the accumulation"
+            hurt()
+        losses += 1
+        return squared_distance(x, y)
+
+    distiller.distance = distance
 
     progress = Run(
         directory, distiller, batch_at, job.cadence, accelerator, best="eval/probe",

@@ -9,6 +9,7 @@ from small import Crash, Job, assert_same, bare, run
 VARIANTS = {
     "plain": {},
     "accumulation": {"accumulation": 3},
+    "within the accumulation": {"accumulation": 3, "micro_batch": 1},
     "critic": {"critic_steps": 3},
     "bf16": {"bf16": True, "accumulation": 2, "critic_steps": 2},
 }
@@ -41,8 +42,9 @@ def test_a_run_stopped_once_ends_the_same(tmp_path, step):
     assert_same(run(job), bare(job))
 
 
-def test_a_crash_costs_at_most_the_steps_since_the_last_checkpoint(tmp_path):
-    job = Job(str(tmp_path / "run"), accumulation=2, checkpoint=2, log=1)
+@pytest.mark.parametrize("micro_batch", [None, 0, 2])
+def test_a_crash_costs_at_most_the_steps_since_the_last_checkpoint(tmp_path, micro_batch):
+    job = Job(str(tmp_path / "run"), accumulation=3, checkpoint=2, log=1, micro_batch=micro_batch)
     for step in (1, 3, 4, 6):
         with pytest.raises(Crash):
             run(changed(job, crash_at=step))
