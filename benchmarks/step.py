@@ -69,7 +69,7 @@ def random_pipeline(place: build.Workplace) -> Pipeline:
 
 def distance(config: Config, pipeline: Pipeline, place: build.Workplace, random: bool) -> Distance:
     """The config's regression distance, with a random trunk of LPIPS if there is no other."""
-    codec = build.regression_codec(config, pipeline.codec, place.device)
+    codec = build.regression_codec(config, pipeline, place.device)
     if not random or config.distill.lpips_weights is not None or config.distill.regression != "lpips-vgg":
         return build.regression(config, build.metric(config, place.device), codec, place)
     from torchvision.models import vgg16

@@ -160,6 +160,9 @@ class MemoryOptions:
     gradient_checkpointing: bool = False
     """Recompute the activations of student and fake score in the backward pass: a sixth of them for a quarter more
     arithmetic."""
+    gradient_checkpointing_fake: bool | None = None
+    """The same for the fake score alone, where it should not be as for the student. Adapters on one network recompute
+    together."""
     checkpoint_decoder: bool = False
     """The same for the decoder of the regression on images, whose activations are the largest of all."""
     real_in_bf16: bool = False
@@ -243,8 +246,8 @@ class Config:
 RESUMABLE = {
     "max_train_steps", "eval_every", "eval_samples", "final_samples", "checkpointing_steps", "checkpoints_total_limit",
     "log_every", "report_to", "cache_dir", "cpu", "output_dir", "download", "lpips_weights", "features", "data",
-    "teacher", "prompts", "repeats", "compare_steps", "gradient_checkpointing", "checkpoint_decoder", "compile",
-    "enable_xformers_memory_efficient_attention", "variant", "fsdp",
+    "teacher", "prompts", "repeats", "compare_steps", "gradient_checkpointing", "gradient_checkpointing_fake",
+    "checkpoint_decoder", "compile", "enable_xformers_memory_efficient_attention", "variant", "fsdp",
 }  # fmt: skip
 """Options that may differ when a run is resumed; files are compared by content instead."""
 

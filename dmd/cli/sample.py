@@ -109,7 +109,7 @@ def sample(options: SampleOptions) -> None:
     device = find_device(options.device)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[options.precision]
     student = teachers.load(options.student, device, variant=None if options.teacher else options.variant, dtype=dtype)
-    codec = student.codec if options.decoder == "full" else teachers.tiny_codec(options.decoder, device)
+    codec = teachers.decoder(options.decoder, student, device, dtype)
     prompts = prompts or list(student.classes)
     if not prompts:
         raise InputError(f"what should the images show? Give a prompt, such as: sample.py {EXAMPLE!r}")

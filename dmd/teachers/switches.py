@@ -11,6 +11,8 @@ from dmd.errors import InputError
 
 Function = Callable[..., Any]
 
+XFORMERS = "--enable-xformers-memory-efficient-attention"
+
 
 def recompute(net: nn.Module, what: str, pinned: Callable[[Function], Function] = lambda function: function) -> None:
     """Keep only each block's input for the backward pass and compute the rest again (Chen et al. 2016, gradient
@@ -27,7 +29,7 @@ def recompute(net: nn.Module, what: str, pinned: Callable[[Function], Function] 
     def again(function: Function, *arguments: Any) -> Any:
         return checkpoint(pinned(function), *arguments, use_reentrant=False)
 
-    for part in _networks(net, what, "--gradient-checkpointing"):
+    for part in networks(net, what, "--gradient-checkpointing"):
         part.enable_gradient_checkpointing(again)
 
 
@@ -45,7 +47,7 @@ def use_xformers(net: nn.Module, what: str) -> None:
     Raises:
         InputError: there is no network of diffusers in `net`.
     """
-    for part in _networks(net, what, "--enable-xformers-memory-efficient-attention"):
+    for part in networks(net, what, XFORMERS):
         try:
             part.enable_xformers_memory_efficient_attention()
         except (ImportError, ValueError, RuntimeError, NotImplementedError) as error:
@@ -53,7 +55,8 @@ def use_xformers(net: nn.Module, what: str) -> None:
             return
 
 
-def _networks(net: nn.Module, what: str, flag: str) -> list[Any]:
+def networks(net: nn.Module, what: str, flag: str) -> list[Any]:
+    """The networks of diffusers in `net`. Raises InputError, for a sentence with the flag, if there are none."""
     from diffusers import ModelMixin
 
     found = [part for part in net.modules() if isinstance(part, ModelMixin)]
