@@ -33,10 +33,12 @@ def teacher_generator(teacher: Denoiser, solver: Solver, steps: int) -> Generato
     return lambda z, cond: solver(teacher, teacher.schedule.start(z), steps, cond)
 
 
-def guided_steps(pipeline: Pipeline, scale: float, steps: int) -> Generator:
-    """Many guided steps of a pipeline's own denoiser: Heun's for pixels, DDIM's for latents."""
+def guided_steps(pipeline: Pipeline, scale: float, steps: int, negative: str | None = None) -> Generator:
+    """Many guided steps of a pipeline's own denoiser: Heun's for pixels, DDIM's for latents. Guidance leads away from
+    the empty prompt, or from a negative one."""
+    null = pipeline.null() if negative is None else pipeline.encode([negative])
     solver = heun if isinstance(pipeline.denoiser.schedule, Karras) else ddim
-    return teacher_generator(Guided(pipeline.denoiser, scale, pipeline.null()), solver, steps)
+    return teacher_generator(Guided(pipeline.denoiser, scale, null), solver, steps)
 
 
 def work_unit(shape: Sequence[int], codec: Codec) -> int:

@@ -374,6 +374,26 @@ def test_teacher_and_student_side_by_side(world, capsys):
     assert re.search(r"teacher: 4 images in .*, [\d.e+]+ images per second on cpu", capsys.readouterr().out)
 
 
+def test_many_steps_are_led_away_from_a_negative_prompt(world, tmp_path):
+    """From the prompt itself: nowhere, as without guidance. From another: not as from the empty one."""
+    asked = {
+        "itself": ["--guidance-scale", "3", "--negative-prompt", PROMPTS[0]],
+        "nothing": ["--guidance-scale", "1"],
+        "other": ["--guidance-scale", "3", "--negative-prompt", PROMPTS[1]],
+        "empty": ["--guidance-scale", "3"],
+    }
+    common = ["--student", str(world / "teacher"), "--steps", "3", "--seeds", "5", "--device", "cpu", "--no-grid"]
+    found = {}
+    for name, more in asked.items():
+        sample.main([PROMPTS[0], *common, *more, "--out", str(tmp_path / name)])
+        (file,) = (tmp_path / name).iterdir()
+        with Image.open(file) as image:
+            found[name] = pixels(image)
+            assert image.text.get("negative prompt") == (more[3] if len(more) == 4 else None)
+    assert (found["itself"] - found["nothing"]).abs().max() <= 1
+    assert (found["other"] - found["empty"]).abs().max() > 1
+
+
 def test_prompts_of_any_script_and_length_become_images(world, capsys):
     options = ["--prompts", str(world / "prompts.txt"), "--seeds", "0", "--out", str(world / "any"), "--device", "cpu"]
     sample.main(["--student", str(world / "run" / "student"), *options])
@@ -392,12 +412,16 @@ REFUSED = {
     "NUL": (["a\0b"], r"the prompt 'a\\x00b' holds a NUL character: remove it"),
     "nothing asked": ([], r"what should the images show\? Give a prompt"),
     "negative prompt": (["x", "--negative-prompt", "blurry"], r"--negative-prompt needs guidance at every step"),
+    "negative prompt, unguided": (
+        ["x", "--negative-prompt", "y", "--steps", "2"],
+        r"--negative-prompt does nothing at guidance 1: give a",
+    ),
     "guidance": (["x", "--guidance-scale", "7.5"], r"--guidance-scale 7.5 is for many steps"),
     "seeds": (["x", "--seeds", "1.5"], r"--seeds is '1.5': it should look like 0-7"),
     "device": (["x", "--device", "quantum"], r"--device is 'quantum', which is not there"),
-    "empty prompt file": (["--prompts", "empty.txt"], r"empty.txt"),
+    "empty prompt file": (["--prompts", "empty.txt"], r"empty.txt holds no prompt"),
     "decoder": (["x", "--decoder", "nowhere"], r"nowhere is no AutoencoderTiny that can be read"),
-    "no such file": (["--prompts", "missing.txt"], r"missing.txt"),
+    "no such file": (["--prompts", "missing.txt"], r"missing.txt does not exist"),
 }
 
 
@@ -424,8 +448,10 @@ TEACHERS = {
     ),
     "pickle": (lambda f: (f / UNET).rename(f / "unet" / "diffusion_pytorch_model.bin"), r"is a pickle, which"),
     "cut": (lambda f: (f / UNET).write_bytes((f / UNET).read_bytes()[:-9]), r"is cut or damaged"),
-    "no prompts": (lambda f: (f.parent / "prompts.txt").write_text("\n\n"), r"prompts.txt"),
-    "NUL in a prompt": (lambda f: (f.parent / "prompts.txt").write_bytes(b"a\0b\n"), r"prompts.txt"),
+    "no prompts": (lambda f: (f.parent / "prompts.txt").write_text("\n\n"), r"prompts.txt holds no prompt"),
+    "NUL in a prompt": (
+        lambda f: (f.parent / "prompts.txt").write_bytes(b"a\0b\n"), r"prompts.txt.*must not hold the character NUL"
+    ),
 }  # fmt: skip
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
