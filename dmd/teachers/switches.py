@@ -1,7 +1,8 @@
 """What diffusers' networks can be told: recompute activations, use another attention."""
 
+import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -31,6 +32,19 @@ def recompute(net: nn.Module, what: str, pinned: Callable[[Function], Function] 
 
     for part in networks(net, what, "--gradient-checkpointing"):
         part.enable_gradient_checkpointing(again)
+
+
+@contextlib.contextmanager
+def kept(*nets: nn.Module) -> Iterator[None]:
+    """Within this, networks that `recompute` keep their activations after all: to count what they compute once."""
+    parts = [part for net in nets for part in net.modules() if vars(part).get("gradient_checkpointing")]
+    for part in parts:
+        part.gradient_checkpointing = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.gradient_checkpointing = True  # type: ignore[assignment]
 
 
 def blocks(net: nn.Module) -> list[nn.Module]:
