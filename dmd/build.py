@@ -9,13 +9,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, parse_flag_from_env
+from accelerate.utils import InitProcessGroupKwargs, gather_object, parse_flag_from_env
 from torch import Tensor
 
 import dmd
@@ -92,9 +93,14 @@ def workplace(config: Config) -> Workplace:
     return start(config.run)
 
 
+PATIENCE = timedelta(days=1)
+"""How long processes wait for each other. torch's own 10 minutes (NCCL) are less than what one does alone: the last
+shard of pairs, or the comparison at the end. A process that dies ends the others at once all the same (torchrun)."""
+
+
 def start(run: RunOptions) -> Workplace:
     """As `workplace`, for commands without a whole config."""
-    accelerator = Accelerator(cpu=run.cpu)
+    accelerator = Accelerator(cpu=run.cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
     torch.backends.cuda.matmul.allow_tf32 = run.allow_tf32
     torch.backends.cudnn.allow_tf32 = run.allow_tf32
     return Workplace(accelerator, torch.bfloat16 if run.mixed_precision == "bf16" else None)
