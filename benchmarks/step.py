@@ -4,8 +4,9 @@ The parts are the network calls that the method cannot do without: the student's
 pairs, through the regression's distance; the real and the fake score's forward; the fake score's forward and backward;
 for text to image the text encoder's forward besides. The iteration also draws its batch, diffuses, computes the losses,
 clips and checks gradients, updates two networks and an average. Printed: how much of it is bare work (target: 95 % or
-more), model FLOPs utilisation (the parts' floating-point operations over what a large matrix product reaches on the
-same device), how often each network was called (target: no hidden pass), and the memory held at most.
+more), model FLOPs utilisation (the parts' floating-point operations, without what checkpointing computes again, over
+what a large matrix product reaches on the same device), how often each network was called (target: no hidden pass),
+and the memory held at most.
 
 --random measures at the size of Stable Diffusion 1.5 with random weights, LPIPS's VGG included, in the place of what
 `sd15` reads. --batch-size and --pair-batch-size are what the process does in one iteration, so give what a GPU holds.
@@ -21,12 +22,14 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import common, sampling
 from benchmarks.common import finish, in_turns, matmul_rate, middle, peak_memory, ratio, say_machine
 from dmd import build, pairs
 from dmd.cli import flags
+from dmd.codec import KL, Codec, Tiny
 from dmd.config import Config
 from dmd.denoiser import NetworkDenoiser
 from dmd.distill import Batch, Distance, Distiller
@@ -34,7 +37,7 @@ from dmd.errors import InputError
 from dmd.noise import DDPM
 from dmd.pipeline import Pipeline
 from dmd.solvers import one_step
-from dmd.teachers import layout, pixel
+from dmd.teachers import layout, pixel, switches
 from dmd.teachers.stable_diffusion import StableDiffusion
 
 CLASSES = tuple(str(i) for i in range(10))
@@ -67,23 +70,25 @@ def random_pipeline(place: build.Workplace) -> Pipeline:
     return StableDiffusion(denoiser, parts.text, codec, settings, Path("random"), "random")
 
 
-def distance(config: Config, pipeline: Pipeline, place: build.Workplace, random: bool) -> Distance:
-    """The config's regression distance, with a random trunk of LPIPS if there is no other."""
-    codec = build.regression_codec(config, pipeline.codec, place.device)
+def distance(config: Config, pipeline: Pipeline, place: build.Workplace, random: bool) -> tuple[Distance, Codec]:
+    """The config's regression distance, with a random trunk of LPIPS if there is no other, and its decoder."""
+    codec = build.regression_codec(config, pipeline, place.device)
     if not random or config.distill.lpips_weights is not None or config.distill.regression != "lpips-vgg":
-        return build.regression(config, build.metric(config, place.device), codec, place)
+        return build.regression(config, build.metric(config, place.device), codec, place), codec
     from torchvision.models import vgg16
 
     with tempfile.TemporaryDirectory() as folder:
         trunk = Path(folder) / "vgg.safetensors"
         save_file({k: v for k, v in vgg16(weights=None).state_dict().items() if k.startswith("features")}, trunk)
         config = replace(config, distill=replace(config.distill, lpips_weights=str(trunk)))
-        return build.regression(config, build.metric(config, place.device), codec, place)
+        return build.regression(config, build.metric(config, place.device), codec, place), codec
 
 
-def operations(parts: Callable[[], object]) -> float:
-    """Floating-point operations of the bare calls, recomputed ones included."""
-    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+def operations(parts: Callable[[], object], nets: Sequence[nn.Module]) -> float:
+    """Floating-point operations of the bare calls. Those that `nets` would compute again for the backward pass do not
+    count: utilisation is of useful ones."""
+    eager = torch.compiler.set_stance("force_eager")
+    with eager, switches.kept(*nets), FlopCounterMode(display=False) as counter:
         parts()
     return counter.get_total_flops()
 
@@ -164,7 +169,10 @@ def main() -> None:
     place = build.workplace(config)
     pipeline = random_pipeline(place) if options.random else given(config, place)
     pipeline.denoiser.net.to(memory_format=torch.channels_last)
-    task = build.distiller(config, pipeline, place, distance(config, pipeline, place, options.random))
+    measured, codec = distance(config, pipeline, place, options.random)
+    task = build.distiller(config, pipeline, place, measured)
+    nets = [task.student.net, task.fake.net, pipeline.denoiser.net]  # the last is the one that adapters share
+    nets += [codec.vae] if isinstance(codec, KL | Tiny) else []
     asked = CLASSES
     if options.random:
         asked = tuple(f"a photograph, number {i}" for i in range(1000))
@@ -182,7 +190,7 @@ def main() -> None:
             task.step(step, batches(step))
 
         calls = counted(task, partial(iteration, 0))  # compiles, too, where that is asked for
-        flops = operations(parts)
+        flops = operations(parts, nets)
         if place.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         steps = itertools.count()

@@ -9,12 +9,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, parse_flag_from_env
+from accelerate.utils import InitProcessGroupKwargs, gather_object, parse_flag_from_env
 from torch import Tensor
 
 import dmd
@@ -28,7 +30,7 @@ from dmd.denoiser import Guided, NetworkDenoiser
 from dmd.distill import Distance, Distiller
 from dmd.ema import Ema
 from dmd.errors import InputError
-from dmd.generate import Generator, teacher_generator
+from dmd.generate import Generator, teacher_generator, work_unit
 from dmd.losses import squared_distance
 from dmd.metrics.networks import FeatureNet
 from dmd.noise import Karras
@@ -92,11 +94,16 @@ def workplace(config: Config) -> Workplace:
     return start(config.run)
 
 
+PATIENCE = timedelta(days=1)
+"""How long processes wait for each other. torch's own 10 minutes (NCCL) are less than what one does alone: the last
+shard of pairs, or the comparison at the end. A process that dies ends the others at once all the same (torchrun)."""
+
+
 def start(run: RunOptions) -> Workplace:
     """As `workplace`, for commands without a whole config. Raises InputError if a package that it needs is missing."""
     if run.report_to == "wandb":
         log.require_wandb()
-    accelerator = Accelerator(cpu=run.cpu)
+    accelerator = Accelerator(cpu=run.cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
     torch.backends.cuda.matmul.allow_tf32 = run.allow_tf32
     torch.backends.cudnn.allow_tf32 = run.allow_tf32
     return Workplace(accelerator, torch.bfloat16 if run.mixed_precision == "bf16" else None)
@@ -222,11 +229,12 @@ def pixel_config(config: Config, data: ImageSet) -> pixel.PixelConfig:
     )
 
 
-def check_architecture(config: Config, data: ImageSet) -> None:
-    """Raises InputError if the options of the teacher that is to be taught fit no network."""
+def untaught(config: Config, data: ImageSet) -> Pipeline:
+    """The teacher that is to be taught, without weights. Raises InputError if the options fit no network."""
+    architecture = pixel_config(config, data)
     try:
         with torch.device("meta"):
-            pixel.build(pixel_config(config, data))
+            return pixel.Pixel(pixel.build(architecture), architecture)
     except (ArithmeticError, RuntimeError, ValueError) as error:
         raise InputError(
             f"--width {config.teacher.width} with --multipliers {config.teacher.multipliers} makes no UNet: {error}"
@@ -344,8 +352,8 @@ def make_pairs(
 
     @torch.no_grad()
     def sample(z: Tensor, number: Tensor, tick: Callable[[int], object]) -> Tensor:
-        found = []
-        for noise, numbers in zip(z.split(250), number.split(250), strict=True):
+        found, unit = [], work_unit(teacher.shape, teacher.codec)
+        for noise, numbers in zip(z.split(unit), number.split(unit), strict=True):
             cond = {k: v.to(place.device) for k, v in encode(numbers).items()}
             found.append(generator(noise.to(place.device), cond).cpu())
             tick(len(noise))
@@ -438,12 +446,12 @@ def _share(place: Workplace, folder: Path, spec: pairs.Spec, make: Callable[[lis
         place.first(lambda: pairs.finish(folder, spec))
 
 
-def regression_codec(config: Config, codec: Codec, device: torch.device) -> Codec:
-    """What decodes for the regression on images: the teacher's own codec, or a tiny one."""
+def regression_codec(config: Config, teacher: Pipeline, device: torch.device) -> Codec:
+    """What decodes for the regression on images: the teacher's own codec, or a tiny one. Raises InputError if there is
+    no such one of the teacher's latents."""
     if config.distill.regression_on == "latents":
-        return codec
-    if config.distill.regression_decoder != "full":
-        codec = teachers.tiny_codec(config.distill.regression_decoder, device)
+        return teacher.codec
+    codec = teachers.decoder(config.distill.regression_decoder, teacher, device, flag="--regression-decoder")
     if config.memory.checkpoint_decoder:
         codec.recompute()
     return codec
@@ -485,7 +493,7 @@ def distiller(config: Config, teacher: Pipeline, place: Workplace, distance: Dis
         for net in (student.net, real.net, fake.net):
             net.compile(dynamic=False)  # a run has few shapes of batch, and kernels for one of them are faster
     betas = (d.adam_beta1, d.adam_beta2)
-    optimizer = adam_8bit if m.adam_8bit else adam
+    optimizer = partial(adam_8bit, place.device) if m.adam_8bit else adam
     return Distiller(
         student,
         Guided(real, real_guidance(config), teacher.null()),
@@ -503,18 +511,21 @@ def distiller(config: Config, teacher: Pipeline, place: Workplace, distance: Dis
 def _networks(config: Config, teacher: Pipeline) -> tuple[NetworkDenoiser, NetworkDenoiser, NetworkDenoiser]:
     """Student, real and fake score."""
     m, real = config.memory, teacher.denoiser
-    ranks = (m.student_lora_rank, m.fake_lora_rank)
+    if m.enable_xformers_memory_efficient_attention:
+        switches.use_xformers(real.net, "teacher")  # and so the copies
+    ranks, recompute = (m.student_lora_rank, m.fake_lora_rank), recomputing(config)
     copies = [copy.deepcopy(real).requires_grad_(True) if rank == 0 else None for rank in ranks]
     if m.real_in_bf16:
         real.net.to(torch.bfloat16)
-    for denoiser, what in zip(copies, ("student", "fake score"), strict=True):
-        if denoiser is not None:
-            _switch(config, denoiser.net, what)
+    for denoiser, again, what in zip(copies, recompute, ("student", "fake score"), strict=True):
+        if denoiser is not None and again:
+            switches.recompute(denoiser.net, what)
     if not any(ranks):
         student, fake = (c for c in copies if c is not None)
         return student, real, fake
     shared = lora.SharedNet(real.net)
-    _switch(config, shared.net, "shared network", shared.pinned)
+    if any(again for again, rank in zip(recompute, ranks, strict=True) if rank):
+        switches.recompute(shared.net, "shared network", shared.pinned)
 
     def on_shared(net: torch.nn.Module) -> NetworkDenoiser:
         return NetworkDenoiser(net, real.schedule, real.prediction, real.autocast)
@@ -526,11 +537,33 @@ def _networks(config: Config, teacher: Pipeline) -> tuple[NetworkDenoiser, Netwo
     return student, on_shared(lora.BareNet(shared)), fake
 
 
-def _switch(config: Config, net: torch.nn.Module, what: str, *pinned: Any) -> None:
-    if config.memory.gradient_checkpointing:
-        switches.recompute(net, what, *pinned)
-    if config.memory.enable_xformers_memory_efficient_attention:
-        switches.use_xformers(net, what)
+def recomputing(config: Config) -> tuple[bool, bool]:
+    """Whether the student, and whether the fake score, compute their activations again in the backward pass."""
+    m = config.memory
+    fake = m.gradient_checkpointing_fake
+    return m.gradient_checkpointing, m.gradient_checkpointing if fake is None else fake
+
+
+def check_method(config: Config, teacher: Pipeline, place: Workplace) -> None:
+    """What of distillation depends on the teacher and the machine, tried before teaching and pairs take hours.
+
+    Args:
+        teacher: may be one without weights, of those that are to be taught.
+
+    Raises:
+        InputError: for an option that cannot be followed.
+    """
+    m, net = config.memory, teacher.denoiser.net
+    _crop(config, teacher.shape)
+    regression_codec(config, teacher, place.device)
+    if m.adam_8bit:
+        class_8bit(place.device)
+    if any(recomputing(config)):
+        switches.networks(net, "teacher", "--gradient-checkpointing")
+    if m.enable_xformers_memory_efficient_attention:
+        switches.networks(net, "teacher", switches.XFORMERS)
+    if m.student_lora_rank or m.fake_lora_rank:
+        lora.SharedNet(net)
 
 
 def ema_denoiser(task: Distiller) -> NetworkDenoiser:
@@ -706,15 +739,22 @@ def adam(net: torch.nn.Module, lr: float, betas: tuple[float, float], weight_dec
     return optimizer
 
 
-def adam_8bit(net: torch.nn.Module, lr: float, betas: tuple[float, float], weight_decay: float) -> Any:
-    """As `adam`, with states of 8 bits (Dettmers et al. 2022). Raises InputError where that cannot be."""
+def class_8bit(device: torch.device) -> Any:
+    """AdamW with states of 8 bits (Dettmers et al. 2022). Raises InputError where that cannot be."""
+    if device.type != "cuda":
+        raise InputError(f"--adam-8bit needs a CUDA GPU, and the device here is {device.type}: leave it out")
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
         raise InputError("--adam-8bit needs the package bitsandbytes: pip install 'dmd-one-step[cuda]'") from None
-    if not torch.cuda.is_available():
-        raise InputError("--adam-8bit needs a CUDA GPU, and there is none: leave it out")
-    optimizer = AdamW8bit(net.parameters(), lr=lr, betas=betas, weight_decay=weight_decay)
+    return AdamW8bit
+
+
+def adam_8bit(
+    device: torch.device, net: torch.nn.Module, lr: float, betas: tuple[float, float], weight_decay: float
+) -> Any:
+    """As `adam`, by `class_8bit`."""
+    optimizer = class_8bit(device)(net.parameters(), lr=lr, betas=betas, weight_decay=weight_decay)
     for group in optimizer.param_groups:
         group["initial_lr"] = lr
     return optimizer

@@ -1,5 +1,6 @@
 """The main job from end to end: teacher, pairs, distillation, comparison, report. Each link resumes by itself."""
 
+import gc
 import json
 import time
 from collections.abc import Sequence
@@ -76,9 +77,9 @@ class Chain:
             build.feature_net(config, self.data)
         self.source = build.teacher_source(config, self.data)
         if config.teacher.teacher is not None:
-            self._load_teacher()
+            build.check_method(config, self._load_teacher(), place)
         elif self.data is not None:
-            build.check_architecture(config, self.data)
+            build.check_method(config, build.untaught(config, self.data), place)
 
     def require_same_inputs(self) -> None:
         """Raises InputError if the run directory was made with other files."""
@@ -103,7 +104,7 @@ class Chain:
         place.first(lambda: checkpoint.write_json(self.folder / INPUTS, self.inputs))
         store = self._pairs(teacher)
         judge = build.judge(config, teacher, self.data, self.reference, self.prompts, place)
-        codec = build.regression_codec(config, teacher.codec, place.device)
+        codec = build.regression_codec(config, teacher, place.device)
         targets = build.make_images(config, codec, store, place)
         distiller = build.distiller(config, teacher, place, build.regression(config, self.metric, codec, place))
         batches = build.distill_batches(config, teacher, self.prompts, store, place, targets)
@@ -111,8 +112,11 @@ class Chain:
         progress = self._distil(distiller, teacher, batches, judge, watched)
         if progress.step < config.distill.max_train_steps:
             return self._say(f"stopped after step {progress.step}; the same command goes on")
+        real = distiller.real
+        del distiller, batches
+        gc.collect()  # training's gradients and states, which the loop holds in a cycle: sampling needs their memory
         if place.main:
-            self._conclude(progress, teacher, distiller.real, judge)
+            self._conclude(progress, teacher, real, judge)
         place.accelerator.wait_for_everyone()
 
     def _load_teacher(self) -> Pipeline:

@@ -242,17 +242,33 @@ def _sync_folder(path: Path) -> None:
 
 
 def _flatten_optimizer(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state to tensors by "parameter.name", and the rest, which JSON can hold."""
+    """An optimizer's state to tensors by "parameter.name", and the rest, which JSON can hold.
+
+    A name leads through nested mappings, and steps may be numbers: bitsandbytes has both.
+    """
     state = optimizer.state_dict()
-    tensors = {f"{p}.{k}": v for p, entry in state["state"].items() for k, v in entry.items()}
-    return tensors, {"param_groups": state["param_groups"]}
+    flat = {f"{p}.{k}": v for p, entry in state["state"].items() for k, v in _flatten(entry).items()}
+    tensors = {k: v for k, v in flat.items() if isinstance(v, Tensor)}
+    others = {k: v for k, v in flat.items() if not isinstance(v, Tensor)}
+    return tensors, {"param_groups": state["param_groups"], "state": others}
+
+
+def _flatten(entry: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in entry.items():
+        nested = isinstance(value, Mapping)
+        flat |= {f"{name}.{k}": v for k, v in _flatten(value).items()} if nested else {name: value}
+    return flat
 
 
 def _unflatten_optimizer(tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> dict[str, Any]:
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        parameter, name = key.split(".", 1)
-        state.setdefault(int(parameter), {})[name] = tensor
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in {**tensors, **scalars.get("state", {})}.items():
+        parameter, *path, name = key.split(".")
+        entry = state.setdefault(int(parameter), {})
+        for part in path:
+            entry = entry.setdefault(part, {})
+        entry[name] = value
     return {"state": state, "param_groups": scalars["param_groups"]}
 
 
@@ -263,9 +279,15 @@ def _match_layout(optimizer: Optimizer) -> None:
     elements. The copy also lets go of the file, which `load_file` maps into memory.
     """
     for parameter, entry in optimizer.state.items():
-        for name, value in entry.items():
-            if value.shape != parameter.shape:
-                entry[name] = value.clone()
-                continue
+        _lay_out(entry, parameter)
+
+
+def _lay_out(entry: dict[str, Any], parameter: Tensor) -> None:
+    for name, value in entry.items():
+        if isinstance(value, dict):
+            _lay_out(value, parameter)
+        elif isinstance(value, Tensor) and value.shape != parameter.shape:
+            entry[name] = value.clone()
+        elif isinstance(value, Tensor):
             value = sharding.like(value, parameter)
             entry[name] = torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)

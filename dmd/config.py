@@ -160,6 +160,9 @@ class MemoryOptions:
     gradient_checkpointing: bool = False
     """Recompute the activations of student and fake score in the backward pass: a sixth of them for a quarter more
     arithmetic."""
+    gradient_checkpointing_fake: bool | None = None
+    """The same for the fake score alone, where it should not be as for the student. Adapters on one network recompute
+    together."""
     checkpoint_decoder: bool = False
     """The same for the decoder of the regression on images, whose activations are the largest of all."""
     real_in_bf16: bool = False
@@ -243,8 +246,8 @@ class Config:
 RESUMABLE = {
     "max_train_steps", "eval_every", "eval_samples", "final_samples", "checkpointing_steps", "checkpoints_total_limit",
     "log_every", "report_to", "cache_dir", "cpu", "output_dir", "download", "lpips_weights", "features", "data",
-    "teacher", "prompts", "repeats", "compare_steps", "gradient_checkpointing", "checkpoint_decoder", "compile",
-    "enable_xformers_memory_efficient_attention", "variant", "fsdp",
+    "teacher", "prompts", "repeats", "compare_steps", "gradient_checkpointing", "gradient_checkpointing_fake",
+    "checkpoint_decoder", "compile", "enable_xformers_memory_efficient_attention", "variant", "fsdp",
 }  # fmt: skip
 """Options that may differ when a run is resumed; files are compared by content instead."""
 
@@ -403,7 +406,7 @@ PRESETS: dict[str, Config] = {
     # captioned images of 64 x 64 pixels and the teacher that `dmd teach folder` makes of them; for one GPU
     "emoji": Config(
         preset="emoji",
-        data=DataOptions(data=None, prompts="data/emoji/train", size=64, channels=3),
+        data=DataOptions(data=None, prompts="data/emoji64/train", size=64, channels=3),
         teacher=TeacherOptions(teacher="runs/emoji-teacher"),
         pairs=PairOptions(pairs=50_000, solver="ddim", teacher_steps=50, guidance=3.0),
         distill=DistillOptions(
@@ -413,7 +416,8 @@ PRESETS: dict[str, Config] = {
         evaluation=EvaluationOptions(eval_every=2000, eval_samples=64, final_samples=1000),
         run=RunOptions(output_dir="runs/emoji", mixed_precision="bf16", checkpointing_steps=2000, log_every=100),
     ),
-    # Stable Diffusion v1.5 as the paper distilled it (appendix, "aesthetic score above 6.25"): 72 A100, 36 hours
+    # Stable Diffusion v1.5 as the paper distilled it (appendix, "aesthetic score above 6.25"): 72 A100, 36 hours. On 8
+    # GPUs of 80 GB a micro-batch is 8 noises and 4 pairs of each; `python -m benchmarks.memory` counts what it needs
     "sd15": Config(
         preset="sd15",
         data=DataOptions(data=None, prompts="captions.txt", size=512, channels=3),
@@ -422,8 +426,9 @@ PRESETS: dict[str, Config] = {
         distill=DistillOptions(
             max_train_steps=20_000, batch_size=2304, pair_batch_size=1152, match_pairs=True, learning_rate=1e-5,
             lr_warmup_steps=500, lr_cooldown_steps=0, ema=0.999, lambda_reg=0.25, regression="lpips-vgg",
-            lpips_size=224,
+            lpips_size=224, gradient_accumulation_steps=36,
         ),
+        memory=MemoryOptions(gradient_checkpointing=True, checkpoint_decoder=True, real_in_bf16=True),
         evaluation=EvaluationOptions(eval_every=500, eval_samples=64, final_samples=1024),
         run=RunOptions(output_dir="runs/sd15", mixed_precision="bf16", checkpointing_steps=500, log_every=50),
     ),

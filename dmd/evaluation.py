@@ -11,7 +11,7 @@ from torch import Tensor
 from dmd.data.images import to_uint8
 from dmd.data.shapes import Scene
 from dmd.denoiser import Cond, Denoiser
-from dmd.generate import Generator, decoded, images
+from dmd.generate import Generator, decoded, images, work_unit
 from dmd.log import progress
 from dmd.metrics import caption
 from dmd.metrics.evaluate import Reference, evaluate
@@ -39,7 +39,6 @@ class Judge:
         reference_images: how many real images it is measured against.
         best: the figure whose smallest value marks the student to keep; None keeps the latest.
         repeats: images of every prompt, in a sample of few images; many take all prompts in turn.
-        batch_size: work unit in which samples are made.
         show: draw a progress bar.
     """
 
@@ -51,7 +50,6 @@ class Judge:
     device: torch.device
     best: str | None = None
     repeats: int = 1
-    batch_size: int = 250
     show: bool = True
 
     def samples(self, generator: Generator, count: int, first_seed: int, title: str) -> tuple[Tensor, float]:
@@ -66,7 +64,7 @@ class Judge:
                 self.numbers(count),
                 self.pipeline.shape,
                 self.device,
-                self.batch_size,
+                work_unit(self.pipeline.shape, self.pipeline.codec),
                 bar.update,
             )
             return x, count / (time.perf_counter() - started)

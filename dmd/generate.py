@@ -13,6 +13,12 @@ from dmd.pipeline import Pipeline
 from dmd.seeding import Stream
 from dmd.solvers import Solver, ddim, heun, one_step
 
+UNIT_PIXELS = 2**21
+"""Pixels of the images that a network makes at a time: 8 images of 512 x 512, which are 16 rows with guidance and keep
+a GPU busy."""
+UNIT = 250
+"""How many images it makes at a time where they are small."""
+
 Generator = Callable[[Tensor, Cond], Tensor]
 """(unit noise (B, ...), cond) to samples x0 (B, ...)."""
 
@@ -27,10 +33,18 @@ def teacher_generator(teacher: Denoiser, solver: Solver, steps: int) -> Generato
     return lambda z, cond: solver(teacher, teacher.schedule.start(z), steps, cond)
 
 
-def guided_steps(pipeline: Pipeline, scale: float, steps: int) -> Generator:
-    """Many guided steps of a pipeline's own denoiser: Heun's for pixels, DDIM's for latents."""
+def guided_steps(pipeline: Pipeline, scale: float, steps: int, negative: str | None = None) -> Generator:
+    """Many guided steps of a pipeline's own denoiser: Heun's for pixels, DDIM's for latents. Guidance leads away from
+    the empty prompt, or from a negative one."""
+    null = pipeline.null() if negative is None else pipeline.encode([negative])
     solver = heun if isinstance(pipeline.denoiser.schedule, Karras) else ddim
-    return teacher_generator(Guided(pipeline.denoiser, scale, pipeline.null()), solver, steps)
+    return teacher_generator(Guided(pipeline.denoiser, scale, null), solver, steps)
+
+
+def work_unit(shape: Sequence[int], codec: Codec) -> int:
+    """How many samples of a shape (c, h, w) are made at a time where nobody says it. Rounding depends on it (`images`),
+    so it is a function of the network, and not of the machine or of how many samples there are."""
+    return max(1, min(UNIT, UNIT_PIXELS // (shape[-2] * shape[-1] * codec.factor**2)))
 
 
 def decoded(generator: Generator, codec: Codec) -> Generator:

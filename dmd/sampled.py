@@ -35,8 +35,8 @@ class Sampled:
     prompts: Sequence[str]
     numbers: Tensor
     device: torch.device
-    first_seed: int = 0
-    batch_size: int = 250
+    first_seed: int
+    batch_size: int
 
     @property
     def captions(self) -> Sequence[str]:

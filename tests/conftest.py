@@ -5,7 +5,9 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 
+import ipaddress
 import math
+import socket
 
 import pytest
 import torch
@@ -14,6 +16,34 @@ from dmd.mixture import MixtureDenoiser
 from dmd.noise import DDPM, Karras, Linear
 
 torch.set_num_threads(1)
+
+
+def reaches_out(family, kind, address):
+    """Whether connecting there would leave this machine. Datagram sockets are connected without a packet being sent,
+    which libraries do to learn the machine's own address."""
+    if family == socket.AF_UNIX or kind & socket.SOCK_DGRAM:
+        return False
+    host = address[0]
+    try:
+        return not ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host != "localhost"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def offline():
+    """A test that connects to another machine fails, whatever catches the error. Other processes are not watched."""
+    connect = socket.socket.connect
+
+    def watched(self, address):
+        if reaches_out(self.family, self.type, address):
+            pytest.fail(f"a test connects to {address}: all must run offline")
+        return connect(self, address)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", watched)
+        yield
+
 
 SCHEDULES = {"ddpm": DDPM(), "karras": Karras(), "linear1": Linear(1.0), "linear3": Linear(3.0)}
 

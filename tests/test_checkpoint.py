@@ -135,6 +135,72 @@ def test_channels_last_training_goes_on_bit_for_bit(tmp_path):
     assert torch.equal(net.weight, other.weight)
 
 
+class EightBit(torch.optim.Optimizer):
+    """States as bitsandbytes keeps and gives them: steps are numbers, moments bytes, most of it in a mapping of its
+    own; they are loaded as they are, and walked in storage order."""
+
+    NESTED = "__quant_state__"
+
+    def __init__(self, parameters, lr, weight_decay):
+        super().__init__(parameters, {"lr": lr, "betas": (0.9, 0.95)})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                state.setdefault("step", 0)
+                state.setdefault("state1", torch.zeros_like(p, dtype=torch.uint8))
+                state.setdefault("absmax1", torch.zeros(1))
+                state["step"] += 1
+                state["absmax1"] = p.grad.abs().max().reshape(1)
+                state["state1"].add_((p.grad / state["absmax1"] * 20 + 20).to(torch.uint8))
+                p -= group["lr"] * state["state1"] / (40.0 * state["step"])
+
+    def state_dict(self):
+        found = super().state_dict()
+        wrapped = {}
+        for number, entry in found["state"].items():
+            quantised = {k: v for k, v in entry.items() if k != "step"}
+            wrapped[number] = {"step": entry["step"], self.NESTED: quantised}
+        return found | {"state": wrapped}
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state | {"state": {}})
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for number, entry in state["state"].items():
+            self.state[parameters[number]] = {"step": entry["step"], **entry[self.NESTED]}
+
+
+def test_states_that_are_numbers_bytes_or_nested_come_back(tmp_path):
+    """And training goes on bit for bit, also where a weight's layout is not that of files."""
+
+    def convolution(seed, steps):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            net = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        optimizer = EightBit(net.parameters(), 0.01, 0.0)
+        for step in range(steps):
+            go_on(net, optimizer, step)
+        return net, optimizer
+
+    def go_on(net, optimizer, step):
+        optimizer.zero_grad()
+        net(torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(step))).square().mean().backward()
+        optimizer.step()
+
+    net, optimizer = convolution(0, 3)
+    path = checkpoint.save(tmp_path, 3, {"net": net}, {"adam": optimizer}, {}, keep=1)
+    other, loaded = convolution(1, 1)
+    checkpoint.load(path, {"net": other}, {"adam": loaded})
+    assert same(loaded.state_dict(), optimizer.state_dict())
+    assert [entry["step"] for entry in loaded.state.values()] == [3, 3]
+    assert loaded.state[other.weight]["state1"].stride() == other.weight.stride() != (27, 9, 3, 1)
+    for each in ((net, optimizer), (other, loaded)):
+        go_on(*each, 9)
+    assert same(dict(net.state_dict()), dict(other.state_dict()))
+
+
 def test_an_optimizer_that_has_not_stepped_comes_back(tmp_path):
     net, adam = trained(steps=0)
     path = checkpoint.save(tmp_path, 0, {"net": net}, {"net": adam}, {}, keep=1)

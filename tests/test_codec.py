@@ -69,6 +69,33 @@ def test_tiny_is_the_distilled_autoencoder(tiny, images):
     torch.testing.assert_close(half.decode(half.encode(images)), ours.decode(ours.encode(images)))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_slices_change_neither_images_nor_their_order(kl, tiny, rng, monkeypatch, rows):
+    """Of five images, cut where `rows` of them fit; the last slice is smaller."""
+    latents = torch.randn(5, 4, 4, 6, generator=rng)
+    for ours in (codec.KL(kl, 0.18215), codec.Tiny(tiny)):
+        whole = ours.decode(latents)
+        assert whole.shape[-1] == latents.shape[-1] * ours.factor
+        seen = []
+        handle = ours.vae.decoder.register_forward_pre_hook(lambda _, x, seen=seen: seen.append(len(x[0])))
+        with monkeypatch.context() as patch:
+            patch.setattr(codec, "SLICE", rows * whole[0, 0].numel() + 1)
+            sliced = ours.decode(latents)
+        handle.remove()
+        assert max(seen) == rows and sum(seen) == 5
+        torch.testing.assert_close(sliced, whole, rtol=0, atol=1e-5)
+
+
+def test_a_backward_pass_sees_the_batch_as_a_whole(kl, images, monkeypatch):
+    monkeypatch.setattr(codec, "SLICE", 1)
+    seen = []
+    handle = kl.decoder.register_forward_pre_hook(lambda _, x: seen.append(len(x[0])))
+    codec.KL(kl, 0.18215).decode(torch.zeros(3, 4, 2, 2))
+    handle.remove()
+    assert seen == [3]
+
+
 def test_identity_changes_precision_only(images):
     for found in (codec.Identity().encode(images.half()), codec.Identity().decode(images.half())):
         assert found.dtype == torch.float32

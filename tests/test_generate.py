@@ -1,14 +1,15 @@
 """A sample is its seed's and condition's alone; work goes in padded units of one size."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from dmd import seeding
+from dmd import codec, seeding
 from dmd.denoiser import NetworkDenoiser, flow
-from dmd.generate import images, student_generator, teacher_generator
+from dmd.generate import images, student_generator, teacher_generator, work_unit
 from dmd.mixture import MixtureDenoiser
 from dmd.noise import Karras, Linear
 from dmd.seeding import Stream
@@ -128,3 +129,18 @@ def test_many_steps_of_a_pixel_network_are_heuns(tmp_path, monkeypatch, capsys):
     command.main(["b", "--steps", "3", *options])
     assert len(calls) == 1 + 5
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["000-b-seed-0.png", "000-b-seed-1.png", "grid.png"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [((4, 64, 64), 8), ((4, 96, 96), 3), ((4, 8, 8), 250), ((4, 16, 16), 128), ((4, 512, 512), 1)],
+)
+def test_the_work_unit_of_latents_is_by_the_images_that_they_decode_to(shape, expected):
+    """8 images of 512 x 512, which an autoencoder of four resolutions makes of 64 x 64, or as many pixels."""
+    vae = SimpleNamespace(config=SimpleNamespace(block_out_channels=(1, 2, 3, 4)))
+    assert work_unit(shape, codec.KL(vae, 1.0)) == expected
+
+
+@pytest.mark.parametrize(("size", "expected"), [(8, 250), (32, 250), (128, 128), (256, 32)])
+def test_the_work_unit_of_pixels_is_by_themselves(size, expected):
+    assert work_unit((3, size, size), codec.Identity()) == expected

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -70,3 +71,28 @@ def test_accelerate_s_configs_ask_for_what_they_say(name, sharded, monkeypatch):
     environment = prepare_multi_gpu_env(arguments)
     assert environment.get("ACCELERATE_USE_FSDP", "false").lower() == sharded
     assert arguments.num_processes == 8
+
+
+WAITS = """
+import torch
+from dmd import build
+from dmd.config import RunOptions
+
+build.start(RunOptions(cpu=True))
+print(torch.distributed.group.WORLD._get_backend(torch.device("cpu")).options._timeout.total_seconds())
+"""
+
+
+def test_processes_wait_for_one_that_works_alone(tmp_path):
+    """The comparison of 1,024 images of 512 pixels by 50 steps takes longer than NCCL's 10 minutes."""
+    (tmp_path / "waits.py").write_text(WAITS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": str(LAUNCH.parents[1]),
+    }
+    done = subprocess.run(
+        [*command, str(tmp_path / "waits.py")], env=environment, text=True, capture_output=True, timeout=120
+    )
+    assert float(done.stdout) >= 12 * 3600, done.stderr

@@ -103,6 +103,15 @@ def test_many_steps_of_the_teacher_agree_too():
 def test_what_ships_can_be_exported_by_name(tmp_path):
     export.main(["shapes-student", "--out", str(tmp_path / "one.safetensors"), "--half"])
     assert (tmp_path / "one.safetensors").stat().st_size <= LIMIT
+    export.main(["shapes-student", "--single-file", "--out", str(tmp_path / "two.safetensors"), "--half"])
+    assert (tmp_path / "two.safetensors").read_bytes() == (tmp_path / "one.safetensors").read_bytes()
+
+
+def test_a_single_file_is_not_a_folder(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        export.main(["shapes-student", "--single-file", "--out", str(tmp_path / "one")])
+    assert stop.value.code == 2 and not (tmp_path / "one").exists()
+    assert "with --single-file its name must end in .safetensors" in capsys.readouterr().err
 
 
 def test_a_folder_of_the_users_by_the_same_name_wins(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from PIL import Image
 
 from dmd import teach_folder, teach_miniature
 from dmd.build import Workplace
-from dmd.cli import parts
+from dmd.cli import parts, sample, train
 from dmd.data import shapes
 from dmd.data.captioned import Captioned
 from dmd.teach_folder import Folder, FolderOptions
@@ -133,7 +133,8 @@ def test_wrong_input_is_answered_by_a_sentence(data, tokenizer, change, sentence
 @pytest.mark.slow
 @pytest.mark.skipif(not (DATA / "emoji64").is_dir(), reason="DMD_TEST_DATA does not name a folder of real data")
 def test_emoji_with_the_real_tokenizer(place, tmp_path):
-    """The whole path on real pictures: the autoencoder gets nearer to unseen ones within a minute's teaching."""
+    """The whole path on real pictures: the autoencoder gets nearer to unseen ones within a minute's teaching, the
+    preset distils what was taught, and the student draws every held-out caption."""
     import subprocess
     import sys
 
@@ -149,3 +150,21 @@ def test_emoji_with_the_real_tokenizer(place, tmp_path):
         card = json.loads((tmp_path / f"t{steps}" / "card.json").read_text())
         figures.append(card["figures"]["unseen images through the autoencoder, PSNR in dB"])
     assert figures[1] > figures[0] + 3
+
+    run = tmp_path / "run"
+    few = "--pairs 8 --pair-shard-size 4 --teacher-steps 2 --max-train-steps 2 --batch-size 4 --pair-batch-size 4"
+    few += " --eval-every 2 --eval-samples 16 --final-samples 16 --mixed-precision no --report-to none --cpu"
+    where = ["--teacher", str(tmp_path / "t150"), "--prompts", str(tmp_path / "emoji" / "train")]
+    where += ["--output-dir", str(run), "--cache-dir", str(tmp_path / "cache")]
+    train.main(["emoji", *few.split(), *where])
+    assert json.loads((run / "summary.json").read_text())["generator_updates"] == 2
+
+    unseen = ["--prompts", str(tmp_path / "emoji" / "test"), "--seeds", "0", "--out", str(tmp_path / "out")]
+    sample.main([*unseen, "--student", str(run / "student"), "--no-grid", "--device", "cpu"])
+    told = [json.loads(line) for line in (tmp_path / "emoji" / "test" / "metadata.jsonl").read_text().splitlines()]
+    found = []
+    for file in sorted((tmp_path / "out").iterdir()):
+        with Image.open(file) as image:
+            assert image.size == (64, 64)
+            found.append(image.text["prompt"])
+    assert len(found) == 593 and found == [line["text"] for line in told]

@@ -3,6 +3,9 @@
 import json
 import re
 import shutil
+import sys
+import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,10 +14,11 @@ from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 
-from dmd import build, teach_shapes, teachers
+from dmd import build, codec, evaluation, teach_shapes, teachers
 from dmd.build import Workplace
 from dmd.cli import sample, train
-from dmd.config import read
+from dmd.config import MemoryOptions, read
+from dmd.errors import InputError
 from dmd.losses import squared_distance
 from dmd.pairs import Pairs
 from dmd.solvers import one_step
@@ -24,6 +28,9 @@ from dmd.teachers.miniature import MiniatureConfig
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
+
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention, XFormersAttnProcessor
 
 SMALL = MiniatureConfig(vae_widths=(8, 8, 8, 8), unet_widths=(16, 16), text_width=16, text_layers=1, heads=2)
 PROMPTS = ["a small red circle at the left on a blue background", "黒い丸", "a/b\\c: d?", "x" * 10_000]
@@ -195,6 +202,70 @@ def test_a_teacher_s_variant_is_read_and_its_student_written(world, tmp_path):
     assert len(list((tmp_path / "out").glob("teacher-*.png"))) == 1
 
 
+def save_tiny(teacher, folder, channels=None):
+    """A random tiny autoencoder of a teacher's latents, or of others."""
+    from diffusers import AutoencoderTiny
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        tiny = AutoencoderTiny(
+            encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
+            num_decoder_blocks=(1, 1), latent_channels=channels or teacher.shape[0],
+        )  # fmt: skip
+    tiny.save_pretrained(folder)
+    return tiny
+
+
+@pytest.mark.parametrize(
+    ("options", "student", "fake"),
+    [
+        ({"gradient_checkpointing": True}, True, True),
+        ({"gradient_checkpointing": True, "gradient_checkpointing_fake": False}, True, False),
+        ({"gradient_checkpointing_fake": True}, False, True),
+        ({"gradient_checkpointing_fake": True, "fake_lora_rank": 2}, False, True),
+        ({"gradient_checkpointing": True, "gradient_checkpointing_fake": False, "fake_lora_rank": 2}, True, False),
+    ],
+)
+def test_each_network_recomputes_by_itself(world, options, student, fake):
+    config = read(world / "run" / "config.json")
+    place = build.workplace(config)
+    teacher = build.load_teacher(config, None, place, world / "teacher")
+    config = replace(config, memory=MemoryOptions(**options))
+    task = build.distiller(config, teacher, place, squared_distance)
+    shared = getattr(task.fake.net, "shared", task.fake).net
+    for net, expected in ((task.student.net, student), (shared, fake)):
+        unets = [m for m in net.modules() if isinstance(m, UNet2DConditionModel)]
+        assert [u.mid_block.gradient_checkpointing for u in unets] == [expected]
+
+
+def test_xformers_is_asked_of_all_three_networks_and_told_of_once(world, monkeypatch):
+    """Where it can run, the real score has it too; where it cannot, torch's own attention stays, with one warning."""
+    config = read(world / "run" / "config.json")
+    place = build.workplace(config)
+    config = replace(config, memory=MemoryOptions(enable_xformers_memory_efficient_attention=True))
+
+    def unavailable(self, *_):
+        raise ValueError("no such GPU")
+
+    monkeypatch.setattr(Attention, "set_use_memory_efficient_attention_xformers", unavailable)
+    teacher = build.load_teacher(config, None, place, world / "teacher")
+    with pytest.warns(UserWarning) as told:
+        build.distiller(config, teacher, place, squared_distance)
+    assert [str(w.message) for w in told if "xformers" in str(w.message)] == [
+        "xformers cannot be used (no such GPU): torch's own attention stays"
+    ]
+
+    def available(self, *_):
+        self.set_processor(XFormersAttnProcessor())
+
+    monkeypatch.setattr(Attention, "set_use_memory_efficient_attention_xformers", available)
+    teacher = build.load_teacher(config, None, place, world / "teacher")
+    task = build.distiller(config, teacher, place, squared_distance)
+    for net in (task.student, task.real, task.fake):
+        found = [type(m.processor) for m in net.modules() if isinstance(m, Attention)]
+        assert found and set(found) == {XFormersAttnProcessor}
+
+
 def first_pairs(world, run):
     """The teacher of a run, its first batch, and the student's first samples from the noise of the pairs."""
     config = read(run / "config.json")
@@ -210,16 +281,7 @@ def first_pairs(world, run):
 
 def test_regression_can_be_of_a_crop_and_through_a_tiny_decoder(world, tmp_path):
     """Against the same losses by hand: of a first step, no other figure changes."""
-    from diffusers import AutoencoderTiny
-
-    teacher = teachers.load(world / "teacher")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        tiny = AutoencoderTiny(
-            encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
-            num_decoder_blocks=(1, 1), latent_channels=teacher.shape[0],
-        )  # fmt: skip
-    tiny.save_pretrained(tmp_path / "tiny")
+    tiny = save_tiny(teachers.load(world / "teacher"), tmp_path / "tiny")
     more = ("--regression-on", "images", "--regression-decoder", str(tmp_path / "tiny"), "--regression-crop", "2")
     train.main(flags(world, tmp_path / "run", *more, "--max-train-steps", "1"))
     a, b = figures(world / "run")[0], figures(tmp_path / "run")[0]
@@ -230,6 +292,34 @@ def test_regression_can_be_of_a_crop_and_through_a_tiny_decoder(world, tmp_path)
         images = [tiny.decode(v[batch.window] / tiny.config.scaling_factor).sample for v in (x, batch.y_ref)]
     assert images[0].shape[-1] == 4
     assert b["loss/regression"] == pytest.approx(squared_distance(*images).mean().item(), rel=1e-3)
+
+
+def test_pairs_and_judge_work_in_units_that_fit_and_training_s_states_are_gone_when_the_student_is_compared(
+    world, tmp_path, monkeypatch
+):
+    """With room for three images at a time, never more; and no optimiser of the run lives at the comparison."""
+    monkeypatch.setattr("dmd.generate.UNIT_PIXELS", 3 * 64 * 64)
+    sizes, optimizers, adam, compare = set(), [], build.adam, evaluation.compare
+
+    def noting(net, *settings):
+        optimizers.append(weakref.ref(found := adam(net, *settings)))
+        return found
+
+    def comparing(*arguments):
+        assert optimizers and all(reference() is None for reference in optimizers)
+        return compare(*arguments)
+
+    def rows(solver):
+        return lambda denoiser, x, steps, cond: sizes.add(len(x)) or solver(denoiser, x, steps, cond)
+
+    monkeypatch.setattr(build, "adam", noting)
+    monkeypatch.setattr(evaluation, "compare", comparing)
+    monkeypatch.setitem(build.SOLVERS, "ddim", (rows(build.SOLVERS["ddim"][0]), lambda n: n))
+    train.main([*flags(world, tmp_path / "run"), "--cache-dir", str(tmp_path / "cache")])
+    assert sizes == {3, 1, 2}  # shards of 4 and 2 pairs, and the teacher's samples in units of 3
+    assert len(optimizers) == 2
+    for name, value in weights(world / "run").items():
+        torch.testing.assert_close(weights(tmp_path / "run")[name], value, rtol=0, atol=2e-3)
 
 
 def test_target_images_can_be_stored_instead_of_decoded(world, tmp_path):
@@ -311,6 +401,26 @@ def test_teacher_and_student_side_by_side(world, capsys):
     assert re.search(r"teacher: 4 images in .*, [\d.e+]+ images per second on cpu", capsys.readouterr().out)
 
 
+def test_many_steps_are_led_away_from_a_negative_prompt(world, tmp_path):
+    """From the prompt itself: nowhere, as without guidance. From another: not as from the empty one."""
+    asked = {
+        "itself": ["--guidance-scale", "3", "--negative-prompt", PROMPTS[0]],
+        "nothing": ["--guidance-scale", "1"],
+        "other": ["--guidance-scale", "3", "--negative-prompt", PROMPTS[1]],
+        "empty": ["--guidance-scale", "3"],
+    }
+    common = ["--student", str(world / "teacher"), "--steps", "3", "--seeds", "5", "--device", "cpu", "--no-grid"]
+    found = {}
+    for name, more in asked.items():
+        sample.main([PROMPTS[0], *common, *more, "--out", str(tmp_path / name)])
+        (file,) = (tmp_path / name).iterdir()
+        with Image.open(file) as image:
+            found[name] = pixels(image)
+            assert image.text.get("negative prompt") == (more[3] if len(more) == 4 else None)
+    assert (found["itself"] - found["nothing"]).abs().max() <= 1
+    assert (found["other"] - found["empty"]).abs().max() > 1
+
+
 def test_prompts_of_any_script_and_length_become_images(world, capsys):
     options = ["--prompts", str(world / "prompts.txt"), "--seeds", "0", "--out", str(world / "any"), "--device", "cpu"]
     sample.main(["--student", str(world / "run" / "student"), *options])
@@ -329,12 +439,16 @@ REFUSED = {
     "NUL": (["a\0b"], r"the prompt 'a\\x00b' holds a NUL character: remove it"),
     "nothing asked": ([], r"what should the images show\? Give a prompt"),
     "negative prompt": (["x", "--negative-prompt", "blurry"], r"--negative-prompt needs guidance at every step"),
+    "negative prompt, unguided": (
+        ["x", "--negative-prompt", "y", "--steps", "2"],
+        r"--negative-prompt does nothing at guidance 1: give a",
+    ),
     "guidance": (["x", "--guidance-scale", "7.5"], r"--guidance-scale 7.5 is for many steps"),
     "seeds": (["x", "--seeds", "1.5"], r"--seeds is '1.5': it should look like 0-7"),
     "device": (["x", "--device", "quantum"], r"--device is 'quantum', which is not there"),
-    "empty prompt file": (["--prompts", "empty.txt"], r"empty.txt"),
+    "empty prompt file": (["--prompts", "empty.txt"], r"empty.txt holds no prompt"),
     "decoder": (["x", "--decoder", "nowhere"], r"nowhere is no AutoencoderTiny that can be read"),
-    "no such file": (["--prompts", "missing.txt"], r"missing.txt"),
+    "no such file": (["--prompts", "missing.txt"], r"missing.txt does not exist"),
 }
 
 
@@ -361,8 +475,10 @@ TEACHERS = {
     ),
     "pickle": (lambda f: (f / UNET).rename(f / "unet" / "diffusion_pytorch_model.bin"), r"is a pickle, which"),
     "cut": (lambda f: (f / UNET).write_bytes((f / UNET).read_bytes()[:-9]), r"is cut or damaged"),
-    "no prompts": (lambda f: (f.parent / "prompts.txt").write_text("\n\n"), r"prompts.txt"),
-    "NUL in a prompt": (lambda f: (f.parent / "prompts.txt").write_bytes(b"a\0b\n"), r"prompts.txt"),
+    "no prompts": (lambda f: (f.parent / "prompts.txt").write_text("\n\n"), r"prompts.txt holds no prompt"),
+    "NUL in a prompt": (
+        lambda f: (f.parent / "prompts.txt").write_bytes(b"a\0b\n"), r"prompts.txt.*must not hold the character NUL"
+    ),
 }  # fmt: skip
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -380,6 +496,78 @@ def test_what_cannot_be_distilled_is_refused_before_anything_is_written(world, t
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert re.search(sentence, said) and said.startswith("error: ") and str(tmp_path) in said
     assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--adam-8bit"], "--adam-8bit needs a CUDA GPU, and the device here is cpu: leave it out"),
+        (["--regression-on", "images", "--regression-decoder", "nowhere"], "nowhere is no AutoencoderTiny"),
+        (
+            ["--regression-on", "images", "--regression-decoder", "OTHER"],
+            r"--regression-decoder .*other decodes latents of 3 channels, but the network makes 8",
+        ),
+        (["--regression-crop", "9"], "--regression-crop is 9, but samples have 8 x 8"),
+    ],
+)
+def test_what_training_could_not_do_is_refused_before_pairs_are_made(world, tmp_path, capsys, more, sentence):
+    save_tiny(None, tmp_path / "other", channels=3)
+    more = [str(tmp_path / "other") if word == "OTHER" else word for word in more]
+    with pytest.raises(SystemExit) as stop:
+        train.main([*flags(world, tmp_path / "run"), "--cache-dir", str(tmp_path / "cache"), *more])
+    assert stop.value.code == 2
+    assert re.search(sentence, capsys.readouterr().err.strip().splitlines()[-1])
+    assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
+
+
+def test_8_bit_states_need_their_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)  # as if it were not installed
+    with pytest.raises(InputError, match=r"--adam-8bit needs the package bitsandbytes: pip install 'dmd\[cuda\]'"):
+        build.class_8bit(torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--gradient-checkpointing"], "--gradient-checkpointing is for networks of diffusers"),
+        (["--enable-xformers-memory-efficient-attention"], "--enable-xformers-memory-efficient-attention is for"),
+        (["--regression-crop", "9"], "--regression-crop is 9, but samples have 8 x 8"),
+    ],
+)
+def test_what_a_network_of_pixels_cannot_do_is_refused_before_it_is_taught(tmp_path, capsys, more, sentence):
+    with pytest.raises(SystemExit) as stop:
+        train.main(
+            ["digits", "--output-dir", str(tmp_path / "run"), "--cache-dir", str(tmp_path / "c"), "--cpu", *more]
+        )
+    assert stop.value.code == 2
+    assert sentence in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tiny_decoder_is_one_of_the_network_s_latents_and_in_its_precision(world, tmp_path, capsys, monkeypatch):
+    """A sentence for other channels; else what the decoder itself makes, in bf16 where that is asked for."""
+    folder = str(world / "run" / "student")
+    save_tiny(None, tmp_path / "other", channels=4)
+    common = [PROMPTS[0], "--student", folder, "--seeds", "0", "--device", "cpu", "--no-grid"]
+    with pytest.raises(SystemExit) as stop:
+        sample.main([*common, "--decoder", str(tmp_path / "other"), "--out", str(tmp_path / "no")])
+    assert stop.value.code == 2 and not (tmp_path / "no").exists()
+    assert "decodes latents of 4 channels, but the network makes 8" in capsys.readouterr().err
+
+    student = teachers.load(folder)
+    save_tiny(student, tmp_path / "tiny")
+    seen = []
+    decode = codec.Tiny.decode
+    monkeypatch.setattr(codec.Tiny, "decode", lambda self, x: seen.append((self, x)) or decode(self, x))
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        out = tmp_path / precision
+        sample.main([*common, "--decoder", str(tmp_path / "tiny"), "--precision", precision, "--out", str(out)])
+        (tiny, latents), (file,) = seen.pop(), out.iterdir()
+        assert {p.dtype for p in tiny.vae.parameters()} == {dtype}
+        with torch.no_grad():
+            expected = tiny.vae.decode(latents.to(dtype)).sample.float()[0].permute(1, 2, 0)
+        with Image.open(file) as image:
+            assert (pixels(image) - ((expected.clamp(-1, 1) + 1) * 127.5).round()).abs().max() <= 1
 
 
 def test_prompts_without_a_teacher_for_them_are_refused(world, tmp_path, capsys):

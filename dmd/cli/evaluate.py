@@ -81,8 +81,9 @@ class EvaluateOptions:
     """Statistics of references, and a downloaded Inception."""
     batch_size: int = 64
     """Images at a time that the measuring network sees."""
-    sample_batch_size: int = 250
-    """Images at a time that networks make; it may change their last digits."""
+    sample_batch_size: int | None = None
+    """Images at a time that networks make; it may change their last digits. Left out, 250 small ones, 8 of 512
+    pixels."""
     mixed_precision: Literal["no", "bf16"] = "no"
     """Of the networks that make images."""
     cpu: bool = False
@@ -283,7 +284,7 @@ def _network(
 
     from dmd import build, teachers
     from dmd.denoiser import Guided
-    from dmd.generate import student_generator, teacher_generator
+    from dmd.generate import student_generator, teacher_generator, work_unit
     from dmd.noise import Karras
     from dmd.sampled import Sampled
 
@@ -308,7 +309,7 @@ def _network(
     numbers = torch.arange(count) % min(len(prompts), max(1, count // repeats))
     return Sampled(
         f"{name} ({how})", pipeline, generator, how, prompts, numbers, place.device, options.seed,
-        options.sample_batch_size,
+        options.sample_batch_size or work_unit(pipeline.shape, pipeline.codec),
     )  # fmt: skip
 
 

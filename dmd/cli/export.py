@@ -20,6 +20,8 @@ class ExportOptions:
     """Folder of the student, as a run writes it, or shapes-student, which ships."""
     out: str
     """A new folder, or a new file whose name ends in .safetensors."""
+    single_file: bool = False
+    """One file for ComfyUI and A1111; so it is as well without this flag where --out ends in .safetensors."""
     half: bool = False
     """Weights in float16: half the size."""
 
@@ -35,6 +37,8 @@ def export(options: ExportOptions) -> None:
         raise InputError(f"{student} is no folder: give the folder of a student")
     if out.exists():
         raise InputError(f"{out} exists already: give another --out")
+    if options.single_file and out.suffix != ".safetensors":
+        raise InputError(f"--out is {out}: with --single-file its name must end in .safetensors")
     from dmd.teachers import export
 
     if out.suffix == ".safetensors":

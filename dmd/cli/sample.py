@@ -1,4 +1,4 @@
-"""`sample.py` and `dmd sample`: images from a student (one step) or its teacher, by prompt and seed."""
+"""`sample.py` and `dmd sample`: images by prompt and seed, from a student in one step or any network in many."""
 
 import json
 import re
@@ -17,6 +17,8 @@ from dmd.cli.flags import guarded, read
 from dmd.errors import InputError
 
 MAX_SEEDS = 1_000_000
+MANY = 50
+"""Steps of a teacher, where nobody says it."""
 EXAMPLE = "a small red circle at the left on a blue background"
 
 
@@ -38,7 +40,7 @@ class SampleOptions:
     """Guidance of many steps, uncond + s (cond - uncond); left out, what the student was distilled with, or 1. Students
     have theirs built in."""
     negative_prompt: str | None = None
-    """Not for one-step students."""
+    """Of many steps: guidance leads away from this prompt instead of the empty one. One-step students take none."""
     seeds: str = "0-7"
     """Seeds, as in "0-7" or "1,5,9". A seed makes the same image whatever is sampled with it."""
     out: str = "out"
@@ -84,10 +86,10 @@ def sample(options: SampleOptions) -> None:
     many = options.teacher or steps > 1
     if steps < 1 or options.batch_size < 1:
         raise InputError(f"--steps is {steps} and --batch-size {options.batch_size}: both must be at least 1")
-    if options.negative_prompt is not None:
+    if options.negative_prompt is not None and not many:
         raise InputError(
             "--negative-prompt needs guidance at every step, and a one-step student has its guidance built in: leave "
-            "it out, and say in the prompt what the image should show"
+            "it out, and say in the prompt what the image should show; or add --teacher or --steps"
         )
     if options.guidance_scale is not None and not many:
         raise InputError(
@@ -103,38 +105,42 @@ def sample(options: SampleOptions) -> None:
     from dmd import teachers
     from dmd.data.images import to_float
     from dmd.evaluation import save_grid
-    from dmd.generate import Generator, guided_steps, student_generator
+    from dmd.generate import Generator, student_generator
     from dmd.pipeline import Pipeline
 
     device = find_device(options.device)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[options.precision]
     student = teachers.load(options.student, device, variant=None if options.teacher else options.variant, dtype=dtype)
-    codec = student.codec if options.decoder == "full" else teachers.tiny_codec(options.decoder, device)
+    codec = teachers.decoder(options.decoder, student, device, dtype)
     prompts = prompts or list(student.classes)
     if not prompts:
         raise InputError(f"what should the images show? Give a prompt, such as: sample.py {EXAMPLE!r}")
 
     student.encode(prompts[:1] if not student.classes else prompts)  # refuses unknown classes before anything is made
 
-    many_steps = options.steps or 50
-
     if options.teacher or not many:
         runs: list[tuple[str, Pipeline, Generator]] = [("student", student, student_generator(student.denoiser))]
     else:
         scale = 1.0 if options.guidance_scale is None else options.guidance_scale
-        runs = [("many steps", student, guided_steps(student, scale, many_steps))]
+        runs = [("many steps", student, _many(options, student, scale))]
     if options.teacher:
         source, guidance = teacher_of(Path(options.student))
         teacher = teachers.load(source, device, variant=options.variant, dtype=dtype)
         scale = guidance if options.guidance_scale is None else options.guidance_scale
-        runs.append(("teacher", teacher, guided_steps(teacher, scale, many_steps)))
+        runs.append(("teacher", teacher, _many(options, teacher, scale)))
 
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     rows: list[Any] = []
     for name, pipeline, generator in runs:
         x, rate = _images(pipeline, generator, codec, prompts, seeds, options.batch_size, device, name)
-        facts = {"network": pipeline.digest(), "sampled": name, "steps": str(1 if name == "student" else many_steps)}
+        facts = {
+            "network": pipeline.digest(),
+            "sampled": name,
+            "steps": str(1 if name == "student" else options.steps or MANY),
+        }
+        if options.negative_prompt is not None and name != "student":
+            facts["negative prompt"] = options.negative_prompt
         prefix = "" if len(runs) == 1 else f"{name}-"
         for image, (n, s) in zip(x, [(n, s) for n in range(len(prompts)) for s in seeds], strict=True):
             path = out / f"{prefix}{n:03d}-{slug(prompts[n])}-seed-{s}.png"
@@ -145,6 +151,15 @@ def sample(options: SampleOptions) -> None:
         grid = [to_float(row) for each in zip(*rows, strict=True) for row in each]
         titles = [f"{name}: {prompt}" for prompt in prompts for name, _, _ in runs]
         save_grid(grid, out / "grid.png", max(1, 64 // grid[0].shape[-1]), titles)
+
+
+def _many(options: SampleOptions, pipeline: Any, scale: float) -> Any:
+    """The guided steps that are asked for. Raises InputError for a negative prompt that nothing is led away from."""
+    from dmd.generate import guided_steps
+
+    if options.negative_prompt is not None and scale == 1.0:
+        raise InputError("--negative-prompt does nothing at guidance 1: give a --guidance-scale, such as 7.5")
+    return guided_steps(pipeline, scale, options.steps or MANY, options.negative_prompt)
 
 
 def _images(

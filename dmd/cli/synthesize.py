@@ -212,7 +212,7 @@ def build(options: SynthesizeOptions, captions: list[str] | None = None) -> "Job
     scale = scale if o.guidance_scale is None else o.guidance_scale
     pipeline = teachers.load(folder, device, dtype=dtype)
     pipeline.encode(captions if pipeline.classes else captions[:1])  # refuses unknown classes before anything is made
-    codec = pipeline.codec if o.decoder == "full" else teachers.tiny_codec(o.decoder, device)
+    codec = teachers.decoder(o.decoder, pipeline, device, dtype)
     steps = o.steps or (50 if o.teacher else 1)
     many = o.teacher or steps > 1
     generator = guided_steps(pipeline, scale, steps) if many else student_generator(pipeline.denoiser)

@@ -44,10 +44,30 @@ def load(
 TINY = "madebyollin/taesd"
 
 
-def tiny_codec(source: str, device: torch.device | str) -> Codec:
-    """A distilled decoder: a folder of diffusers' AutoencoderTiny, or "tiny" for the hub's `TINY`.
+def decoder(
+    choice: str,
+    pipeline: Pipeline,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+    flag: str = "--decoder",
+) -> Codec:
+    """What decodes a pipeline's latents: its own codec ("full"), or a distilled one, of a folder of diffusers'
+    AutoencoderTiny or "tiny" for the hub's `TINY`.
+
+    Args:
+        dtype: of a distilled one's weights.
+        flag: by which it was chosen, for sentences.
 
     Raises:
-        InputError: there is none, or it cannot be had.
+        InputError: there is none, it cannot be had, or it decodes other latents.
     """
-    return stable_diffusion.load_tiny(TINY if source == "tiny" else source, device)
+    if choice == "full":
+        return pipeline.codec
+    tiny = stable_diffusion.load_tiny(TINY if choice == "tiny" else choice, device, dtype)
+    channels, own = tiny.vae.config.latent_channels, pipeline.shape[0]
+    if channels != own:
+        raise InputError(
+            f"{flag} {choice} decodes latents of {channels} channels, but the network makes {own}: give the folder of "
+            f"an AutoencoderTiny of its own latents, or leave {flag} out"
+        )
+    return tiny

@@ -207,7 +207,7 @@ def text_encoder(
     return TextEncoder(words, network)
 
 
-def load_tiny(source: str, device: torch.device | str = "cpu") -> codec.Tiny:
+def load_tiny(source: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> codec.Tiny:
     """A tiny autoencoder (madebyollin/taesd): a folder of diffusers' AutoencoderTiny, or its id on the hub.
 
     Raises:
@@ -222,7 +222,7 @@ def load_tiny(source: str, device: torch.device | str = "cpu") -> codec.Tiny:
             f"{source} is no AutoencoderTiny that can be read or had from the hub ({layout.first_sentence(error)}): "
             "give the folder of one"
         ) from None
-    vae = nn.Module.to(vae, device=device).eval().requires_grad_(False)
+    vae = nn.Module.to(vae, device=device, dtype=dtype).eval().requires_grad_(False)
     return codec.Tiny(vae, vae.config.scaling_factor)
 
 

@@ -1,7 +1,8 @@
 """What diffusers' networks can be told: recompute activations, use another attention."""
 
+import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -10,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from dmd.errors import InputError
 
 Function = Callable[..., Any]
+
+XFORMERS = "--enable-xformers-memory-efficient-attention"
 
 
 def recompute(net: nn.Module, what: str, pinned: Callable[[Function], Function] = lambda function: function) -> None:
@@ -27,8 +30,21 @@ def recompute(net: nn.Module, what: str, pinned: Callable[[Function], Function] 
     def again(function: Function, *arguments: Any) -> Any:
         return checkpoint(pinned(function), *arguments, use_reentrant=False)
 
-    for part in _networks(net, what, "--gradient-checkpointing"):
+    for part in networks(net, what, "--gradient-checkpointing"):
         part.enable_gradient_checkpointing(again)
+
+
+@contextlib.contextmanager
+def kept(*nets: nn.Module) -> Iterator[None]:
+    """Within this, networks that `recompute` keep their activations after all: to count what they compute once."""
+    parts = [part for net in nets for part in net.modules() if vars(part).get("gradient_checkpointing")]
+    for part in parts:
+        part.gradient_checkpointing = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.gradient_checkpointing = True  # type: ignore[assignment]
 
 
 def blocks(net: nn.Module) -> list[nn.Module]:
@@ -45,7 +61,7 @@ def use_xformers(net: nn.Module, what: str) -> None:
     Raises:
         InputError: there is no network of diffusers in `net`.
     """
-    for part in _networks(net, what, "--enable-xformers-memory-efficient-attention"):
+    for part in networks(net, what, XFORMERS):
         try:
             part.enable_xformers_memory_efficient_attention()
         except (ImportError, ValueError, RuntimeError, NotImplementedError) as error:
@@ -53,7 +69,8 @@ def use_xformers(net: nn.Module, what: str) -> None:
             return
 
 
-def _networks(net: nn.Module, what: str, flag: str) -> list[Any]:
+def networks(net: nn.Module, what: str, flag: str) -> list[Any]:
+    """The networks of diffusers in `net`. Raises InputError, for a sentence with the flag, if there are none."""
     from diffusers import ModelMixin
 
     found = [part for part in net.modules() if isinstance(part, ModelMixin)]
