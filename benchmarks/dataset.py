@@ -202,7 +202,7 @@ def main() -> None:
     if options.images < 100 or options.rate <= 0 or options.encoders < 1:
         parser.error("--images must be at least 100, --rate above 0, --encoders at least 1")
     if options.quick:
-        options.images, options.seconds = 1000, 1.0
+        options.images, options.seconds = 1000, 10.0
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     say_machine()
