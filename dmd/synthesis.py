@@ -376,9 +376,9 @@ def work_with_ray(
         InputError: Ray is not installed; else as `work`.
     """
     try:
-        import ray
+        import ray.data  # which also needs pandas
     except ImportError:
-        raise InputError("--engine ray needs Ray: pip install 'dmd-one-step[ray]'") from None
+        raise InputError("--engine ray needs Ray with its part `data`: pip install 'dmd-one-step[ray]'") from None
     open_folder(folder, spec)
     absent = missing(folder, spec)
     tick(spec.images - sum(len(spec.indices(i)) for i in absent))

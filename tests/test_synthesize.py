@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ import tiny
 
 from dmd import seeding, shards, synthesis, teachers
 from dmd.cli import synthesize as command
+from dmd.cli.flags import read
 from dmd.data import groups
 from dmd.data.images import to_uint8
 from dmd.generate import REPLICAS, caption_source, guided_steps, student_generator
@@ -273,6 +276,20 @@ def test_a_full_disk_gets_a_sentence_and_the_same_command_goes_on(run, tmp_path,
     }  # fmt: skip
     command.main(flags(run, tmp_path / "set"))
     assert "made 3 images" in capsys.readouterr().out
+
+
+def test_an_actor_works_where_the_command_was_given_and_answers_with_sentences(run, tmp_path, monkeypatch):
+    """The function of Ray's actors, without Ray."""
+    monkeypatch.chdir(tmp_path)  # and back at the end
+    argv = ["captions.txt", *flags(Path("."), "set")[1:]]
+    options = read(command.SynthesizeOptions, argv, "dmd synthesize")
+    built = partial(command._build_in, run, options)
+    assert Path(built().folder).absolute() == run / "set"
+    lost = synthesis.RayWorker(partial(command._build_in, tmp_path / "nowhere", options))
+    found = lost({"shard": torch.tensor([0])})
+    assert found["images"] == [0] and f"has no folder {tmp_path / 'nowhere'}" in found["error"][0]
+    wrong = synthesis.RayWorker(partial(command._build_in, run, replace(options, student="nowhere")))
+    assert "nowhere is no folder" in wrong({"shard": torch.tensor([0])})["error"][0]
 
 
 @pytest.mark.distributed
