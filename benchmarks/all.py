@@ -4,8 +4,8 @@ P1  what our one-step sampler adds to bare calls of the same networks
 P2  error of x0 from half-precision networks, against the formula in float64, data of std 0.9
 P3  one step against 50 guided steps, from prompt to image, at the size of Stable Diffusion 1.5
 P4  time of one image of 512 x 512 pixels on the CPU
-P5  images per second of one core: JPEG, and whole shards
-P6  the network calls of a training step over the whole step
+P5  images per second of one core: JPEG, and whole shards; a data set's rate beside its generator's
+P6  the network calls of a training step over the whole step; on a GPU the model FLOPs utilisation at that size
 P7  network calls in a training step
 P8  Fréchet distance in 2048 dimensions: processor time of one thread, and its difference from clean-fid's
 
@@ -14,7 +14,6 @@ takes small networks for them, and then compares nothing with the targets. P5, P
 benchmarks, which run in processes of their own.
 """
 
-import importlib.util
 import json
 import statistics
 import subprocess
@@ -39,6 +38,10 @@ from dmd.teachers.stable_diffusion import TimestepNet
 
 STEPS = 50
 DIMENSIONS, SAMPLES = 2048, 3000
+LARGE = (
+    "sd15", "--random", "--mixed-precision", "bf16", "--real-in-bf16", "--batch-size", "16", "--pair-batch-size", "8",
+)  # fmt: skip
+"""A training step at the size of Stable Diffusion 1.5 that a GPU of 80 GB holds."""
 
 
 @dataclass(frozen=True)
@@ -107,13 +110,18 @@ def speed(runs: int, small: bool, dtype: torch.dtype) -> list[Line]:
         sampling.measure({n: todo[n] for n in wanted}, runs, warm_up=int(device.type == "cuda")), STEPS
     )
     note = f"{STEPS} steps extrapolated from 1, {str(dtype).removeprefix('torch.')}"
+    rate = common.matmul_rate(device, dtype)
     lines = []
     for codec, least, most in (("full", 24.0, 3.4), ("tiny", 80.0, 1.3)):
         one, many = found[f"one step, {codec}"].seconds, found[f"teacher, {codec}"].seconds
         ratio = statistics.median(b / a for a, b in zip(one, many, strict=True))
         lines.append(Line("P3", f"speedup, {codec} decoder", ratio, "x", None if small else least, True, note))
         compared = None if small or device.type == "cuda" else most
-        lines.append(Line("P4", f"one image, {codec} decoder", statistics.median(one), "s", compared))
+        floor = found[f"one step, {codec}"].flops / rate
+        which = f"; the target is of CPUs with AMX, which this one {'has' if _has_amx() else 'has not'}"
+        bound = which if compared else ""
+        text = f"its arithmetic takes {floor:.3g} s at this machine's {rate / 1e9:.0f} GFLOP/s{bound}"
+        lines.append(Line("P4", f"one image, {codec} decoder", statistics.median(one), "s", compared, note=text))
         if not small:
             lines.append(
                 Line("P1", f"sampler over bare calls, 512 pixels, {codec}", 100 * _added(found, codec), "%", 2)
@@ -156,24 +164,26 @@ def precision() -> list[Line]:
 
 
 def other(name: str, *arguments: str) -> dict[str, Any]:
-    """The results of another benchmark, from its last line."""
+    """The results of another benchmark, from its last line. Ends the program with a sentence if it fails."""
     done = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{name}", *arguments], capture_output=True, text=True, check=False
     )
     if done.returncode:
-        raise RuntimeError(f"benchmarks.{name} failed: {done.stderr.strip().splitlines()[-1:]}")
+        why = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        sys.exit(f"error: python -m benchmarks.{name} {' '.join(arguments)} failed: {why}")
     return json.loads(done.stdout.strip().splitlines()[-1])["results"]
 
 
 def writing(quick: bool) -> list[Line]:
     """P5."""
-    if importlib.util.find_spec("benchmarks.dataset") is None:
-        return [Line("P5", "encoding and writing", None, "images/s", 150, True, "there is no benchmarks.dataset")]
-    found = other("dataset", "--only", "encode", "writer", *["--quick"] * quick)
-    written = found["writer"]["images_per_second_per_core"]
+    found = other("dataset", "--only", "encode", "writer", "throughput", *["--quick"] * quick)
+    written, rates = found["writer"]["images_per_second_per_core"], found["throughput"]
+    free = found["free_cores"] > 0
+    note = f"of {rates['bare']:.0f} images/s" + ", but no core is free for writing" * (not free)
     return [
         Line("P5", "JPEG q95 of 512 pixels, one core", found["encode"]["encode_per_core"], "images/s", 500, True),
         Line("P5", "to whole shards, one core", written, "images/s", 150, True),
+        Line("P5", "data set over bare generator", rates["part"], "", 0.95 if free else None, True, note),
     ]
 
 
@@ -188,6 +198,19 @@ def training(quick: bool) -> list[Line]:
         Line("P6", "bare calls over a training step, digits", found["ratio"], "", 0.95, True),
         Line("P7", "network calls beside the method's own", hidden, "", 0, note=text),
     ]
+
+
+def training_latents(quick: bool) -> list[Line]:
+    """P6 of the default preset, and on a GPU at the size of Stable Diffusion 1.5."""
+    shapes = other("step", "shapes", "--runs", "8" if quick else "20")
+    lines = [Line("P6", "bare calls over a training step, shapes", shapes["ratio"], "", 0.95, True)]
+    if torch.cuda.is_available():
+        large = other("step", *LARGE, "--runs", "5")
+        lines += [
+            Line("P6", "bare calls over a training step, SD 1.5", large["ratio"], "", 0.95, True),
+            Line("P6", "model FLOPs utilisation, SD 1.5", large["mfu"], "", 0.35, True, "of a large matrix product's"),
+        ]
+    return lines
 
 
 # ----------------------------------------------------------------------------- P8
@@ -236,7 +259,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer runs: at most 10 minutes on two quiet cores")
     parser.add_argument("--small", action="store_true", help="small networks for P3 and P4: a smoke test")
     parser.add_argument("--dtype", choices=sampling.DTYPES, help="of P3 and P4; left out, the fastest here")
-    parser.add_argument("--only", nargs="+", default=[], metavar="P", help="as in --only P1 P8")
+    parser.add_argument("--only", nargs="+", choices=[f"P{i}" for i in range(1, 9)], help="as in --only P1 P8")
     options = parser.parse_args()
     say_machine()
     dtype = sampling.DTYPES[options.dtype] if options.dtype else _fast_dtype()
@@ -247,19 +270,28 @@ def main() -> None:
         ({"P3", "P4"}, lambda: speed(runs, options.small, dtype)),
         ({"P5"}, lambda: writing(options.quick)),
         ({"P6", "P7"}, lambda: training(options.quick)),
+        ({"P6"}, lambda: training_latents(options.quick)),
         ({"P8"}, frechet),
     ]
     lines: list[Line] = []
     started = time.perf_counter()
     for names, work in parts:
-        if not options.only or names & set(options.only):
-            found = work()
+        if options.only is None or names & set(options.only):
+            found = [line for line in work() if options.only is None or line.name in options.only]
             print("\n".join(map(str, found)), flush=True)
             lines += found
     missed = [line.name for line in lines if line.met is False]
     seconds = time.perf_counter() - started
     print(f"{seconds:.0f} s; missed: {', '.join(dict.fromkeys(missed)) or 'none'}")
     finish("all", {"seconds": seconds, "lines": [asdict(line) | {"met": line.met} for line in lines]}, options.json)
+
+
+def _has_amx() -> bool:
+    """Whether this is a processor with units for matrices (x86's AMX), as Linux tells it."""
+    try:
+        return "amx_tile" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
 
 
 def _fast_dtype() -> torch.dtype:

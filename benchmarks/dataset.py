@@ -1,44 +1,59 @@
 """From a generator to shards: `python -m benchmarks.dataset [--quick] [--images 100000]`.
 
-Without networks: a generator that takes its time on another device (it sleeps), and images of 1/f noise, which have the
-spectrum of photographs. What is measured:
+Without networks, but for `learner`: a generator that takes its time on another device (it sleeps), and images of 1/f
+noise, which have the spectrum of photographs. What is measured:
 
   encode       JPEG q95 of 512 x 512 pixels by Pillow, by one thread
   writer       float images to whole shards on the disk, with uint8 conversion, JPEG, hashes, tar and table
   throughput   images per second with a generator of a given rate, as a part of the bare generator's
-  memory       resident size over many small images; it must not grow
+  memory       resident size after every shard of many small images, in a process of its own; it must not grow
   captions     10,000 by templates
-  online       a learner that takes as long as the generator: in turns, and with a process for the generator
+  online       a learner that takes as long as the generator, both asleep: in turns, and a process for the generator
+  learner      a step of `dmd represent stablerep --online` with the student that ships: in turns, and with the batch
+               after begun ahead, by another process on the CPU and on a stream of its own on a GPU
 
 Figures per core are images per second of processor time, which other programs on the machine change little; figures by
 the clock need a quiet machine with a free core.
 """
 
 import argparse
+import multiprocessing
 import os
-import resource
 import shutil
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from benchmarks import common
 from benchmarks.common import finish, say_machine
-from dmd import shards, synthesis
+from dmd import build, shards, synthesis
 from dmd.captions import concepts, grammar, store
 from dmd.captions.mixture import Mixture
+from dmd.cli import represent
 from dmd.data.images import to_uint8
 from dmd.generate import Source
 from dmd.online import Online
+from dmd.represent.batches import Prefetched
+from dmd.represent.chain import Chain
+from dmd.represent.sources import Fresh
 from dmd.shards import Spec
 from dmd.synthesis import Job
+
+GROWTH_MIB = 20
+"""What memory may grow by after the first shard: the allocator's unrest, and not a thousandth of the images."""
 
 
 def noise_images(count: int, size: int, seed: int = 0) -> Tensor:
@@ -92,15 +107,14 @@ def conversion_rate(images: Tensor, count: int) -> float:
 
 
 def memory(images: int, folder: Path) -> dict[str, float]:
-    """Peak resident size in MiB after a tenth of the images, and at the end."""
-    peaks: list[float] = []
-    spec = spec_of(images, min(10_000, images // 10), 64)
-    done = made(spec, source_of(noise_images(64, 32)), folder, 1, lambda n: peaks.append(_peak()))
-    return {"first_shard_mib": peaks[0], "last_mib": peaks[-1], "growth_mib": peaks[-1] - peaks[0]} | done
-
-
-def _peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Resident MiB of this process after the first shard and the last, and the most by which it grew between."""
+    sizes: list[float] = []
+    process = psutil.Process()
+    spec = spec_of(images, min(10_000, images // 40 * 4), 64)
+    pictures = noise_images(64, 32)
+    done = made(spec, source_of(pictures), folder, 1, lambda n: sizes.append(process.memory_info().rss / 2**20))
+    growth = max(sizes[1:]) - sizes[0]
+    return {"first_shard_mib": sizes[0], "last_mib": sizes[-1], "growth_mib": growth, "bound_mib": GROWTH_MIB} | done
 
 
 def throughput(images: Tensor, rate: float, count: int, encoders: int, folder: Path) -> dict[str, float]:
@@ -151,6 +165,31 @@ def online(steps: int, seconds: float) -> dict[str, float]:
     return found
 
 
+def learner(steps: int, folder: Path) -> dict[str, float]:
+    """Seconds a step of the preset `shapes` with batches of 64 images; mean of `steps`."""
+    argv = ["stablerep", "shapes", "--online", "--probe", "None", "--captions-per-batch", "16"]
+    config = represent.parse(argv, "benchmarks").config
+    place = build.start(config.run)
+    chain = Chain(config, place, folder)
+    task, batches = chain.task()
+    fresh = batches.source
+    asked: Any = SimpleNamespace(  # as `Online`, but nothing is begun before it is asked for
+        captions=fresh.online.captions,
+        per_caption=fresh.online.per_caption,
+        begin=lambda step: lambda: fresh.online.batch(step),
+    )
+    ahead = ("stream", 0) if place.device.type == "cuda" else ("process", 1)
+    warm_up = 3  # more than DataLoader prepares beforehand
+    found = {}
+    for name, source, workers in (("in turns", Fresh(asked, ""), 0), (ahead[0], fresh, ahead[1])):
+        seen = Prefetched(replace(batches, source=source), workers, warm_up + steps, place.device)
+        times = []
+        for step in range(warm_up + steps):
+            times += common.seconds(partial(lambda seen, step: task.step(step, seen(step)), seen, step), 1, 0)
+        found[name] = statistics.fmean(times[warm_up:])
+    return found
+
+
 def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--images", type=int, default=100_000, help="of the memory's measurement")
@@ -163,7 +202,8 @@ def main() -> None:
     if options.images < 100 or options.rate <= 0 or options.encoders < 1:
         parser.error("--images must be at least 100, --rate above 0, --encoders at least 1")
     if options.quick:
-        options.images, options.seconds = 1000, 1.0
+        options.images, options.seconds = 1000, 10.0
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     say_machine()
     pictures = noise_images(32, 512)
@@ -171,6 +211,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "set"
         for name in options.only:
+            torch.set_num_threads(threads if name == "learner" else 1)
             results[name] = PARTS[name](options, pictures, folder)
             print(f"{name:12}" + ", ".join(f"{k} {v:.4g}" for k, v in results[name].items()), flush=True)
             shutil.rmtree(folder, ignore_errors=True)
@@ -193,7 +234,9 @@ def _throughput(options: argparse.Namespace, pictures: Tensor, folder: Path) -> 
 
 
 def _memory(options: argparse.Namespace, pictures: Tensor, folder: Path) -> dict[str, float]:
-    return memory(options.images // 40 * 40, folder)
+    """In a fresh process: what other parts have held would hide what this one needs."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
+        return alone.submit(memory, options.images // 40 * 40, folder).result()
 
 
 def _captions(options: argparse.Namespace, pictures: Tensor, folder: Path) -> dict[str, float]:
@@ -204,9 +247,13 @@ def _online(options: argparse.Namespace, pictures: Tensor, folder: Path) -> dict
     return online(5 if options.quick else 30, 0.05 if options.quick else 0.2)
 
 
+def _learner(options: argparse.Namespace, pictures: Tensor, folder: Path) -> dict[str, float]:
+    return learner(3 if options.quick else 20, folder)
+
+
 PARTS = {
     "encode": _encode, "writer": _writer, "throughput": _throughput, "memory": _memory, "captions": _captions,
-    "online": _online,
+    "online": _online, "learner": _learner,
 }  # fmt: skip
 
 

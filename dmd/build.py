@@ -142,12 +142,16 @@ def image_set(config: Config, split: str = "train") -> ImageSet:
 
 def shapes_set(seed: int, split: str) -> ImageSet:
     """Drawings of the world of shapes: single things and what they are ("train"), or all kinds of scenes ("test")."""
-    taught = split == "train"
-    scenes = shapes.scenes(seed, torch.arange(UNSEEN, UNSEEN + 3 * SHAPES_TAUGHT))
-    scenes = [s for s in scenes if len(s.things) == 1][:SHAPES_TAUGHT] if taught else scenes[-SHAPES_IMAGES:]
+    scenes = shapes_scenes(seed, split)
     drawn = shapes.batch(scenes, seed, UNSEEN + torch.arange(len(scenes)))
     labels = [shapes.PAIRS.index((s.things[0].shape, s.things[0].colour)) for s in scenes]
     return ImageSet(drawn, torch.tensor(labels), tuple(f"{colour} {shape}" for shape, colour in shapes.PAIRS))
+
+
+def shapes_scenes(seed: int, split: str) -> list[shapes.Scene]:
+    """What the drawings of `shapes_set` show, in their order."""
+    scenes = shapes.scenes(seed, torch.arange(UNSEEN, UNSEEN + 3 * SHAPES_TAUGHT))
+    return [s for s in scenes if len(s.things) == 1][:SHAPES_TAUGHT] if split == "train" else scenes[-SHAPES_IMAGES:]
 
 
 def reference_set(config: Config, data: ImageSet | None) -> ImageSet | None:

@@ -106,18 +106,22 @@ class Online(IterableDataset):
     def __iter__(self) -> Iterator[FreshBatch]:
         worker = get_worker_info()
         step, stride = (self.first, 1) if worker is None else (self.first + worker.id, worker.num_workers)
-        waiting = self._begin(step)
+        waiting = self.begin(step)
         while True:
             step += stride
-            following = self._begin(step) if torch.cuda.is_available() else None  # before the learner takes the device
+            following = self.begin(step)  # before the learner takes the device
             yield waiting()
-            waiting = following or self._begin(step)
+            waiting = following
 
-    def _begin(self, step: int) -> Callable[[], FreshBatch]:
-        """Set about a batch; returns what waits for it. On a GPU, the caller's stream does."""
+    def begin(self, step: int) -> Callable[[], FreshBatch]:
+        """Set about a batch; returns what waits for it, once. On a GPU the caller's stream waits, and a stream of its
+        own makes the batch meanwhile; without one, it is made when it is waited for."""
         if not torch.cuda.is_available():
             return lambda: self.batch(step)
-        self._side = side = self._side or torch.cuda.Stream()  # one, since the allocator keeps memory for each
+        if self._side is None:  # one, since the allocator keeps memory for each
+            self._side = torch.cuda.Stream()
+            self._side.wait_stream(torch.cuda.current_stream())  # which may still bring the weights
+        side = self._side
         with torch.cuda.stream(side):
             batch = self.batch(step)
             done = side.record_event()  # the stream itself goes on with the batch after

@@ -327,20 +327,26 @@ def contact_sheet(folder: Path, spec: Spec) -> None:
 
 
 class RayWorker:
-    """An actor of Ray Data, which makes the shards that it is given.
+    """An actor of Ray Data, which makes the shards that it is given. What it cannot have or do comes back as a
+    sentence, since Ray would start an actor again that raises, and show its frames.
 
     Args:
         build: makes the job, in the actor: networks do not travel.
     """
 
     def __init__(self, build: Callable[[], Job]):
-        self.job = build()
-        self._stack = contextlib.ExitStack()
-        locks = self._stack.enter_context(Locks(lock_path(self.job.folder)))
-        self.maker = self._stack.enter_context(Maker(self.job, locks))
+        self.wrong, self._stack = "", contextlib.ExitStack()
+        try:
+            job = build()
+            locks = self._stack.enter_context(Locks(lock_path(job.folder)))
+            self.maker = self._stack.enter_context(Maker(job, locks))
+        except (InputError, ArithmeticError, OSError) as error:
+            self.wrong = str(error)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Numbers of shards to how many images were made, and what is wrong, as a sentence."""
+        if self.wrong:
+            return {"images": [0], "error": [self.wrong]}
         before = self.maker.made
         try:
             self.maker.run(batch["shard"].tolist(), deep=True)
@@ -370,9 +376,9 @@ def work_with_ray(
         InputError: Ray is not installed; else as `work`.
     """
     try:
-        import ray
+        import ray.data  # which also needs pandas
     except ImportError:
-        raise InputError("--engine ray needs Ray: pip install 'dmd-one-step[ray]'") from None
+        raise InputError("--engine ray needs Ray with its part `data`: pip install 'dmd-one-step[ray]'") from None
     open_folder(folder, spec)
     absent = missing(folder, spec)
     tick(spec.images - sum(len(spec.indices(i)) for i in absent))

@@ -383,21 +383,30 @@ def test_the_contact_sheet_shows_rows_of_captions(whole):
         assert image.text["rows"].split(" | ")[0] == CAPTIONS[0]
 
 
-def test_memory_does_not_grow_with_images(tmp_path):
+def test_memory_does_not_grow_with_images(tmp_path, monkeypatch):
     """Between the device and the disk lie a few batches at most, however slow the disk is."""
-    alive, most = set(), 0
+    made = gone = most = 0
+    real = shards.encode
+
+    def collected():
+        nonlocal gone
+        gone += 1
 
     def source(captions, numbers, epoch):
-        nonlocal most
+        nonlocal made, most
         x = stub(captions, numbers, epoch)
-        token = object()
-        alive.add(id(token))
-        weakref.finalize(x, alive.discard, id(token))
-        most = max(most, len(alive))
+        weakref.finalize(x, collected)
+        made += 1
+        most = max(most, made - gone)
         return x
 
+    def slow(*values):
+        time.sleep(0.002)
+        return real(*values)
+
+    monkeypatch.setattr(shards, "encode", slow)
     synthesis.work(job(tmp_path, source))
-    assert most <= synthesis.WAITING + 4
+    assert made == 30 and most <= synthesis.WAITING + 4
 
 
 def test_the_background_raises_its_first_error_and_leaves_the_rest_out():

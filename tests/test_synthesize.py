@@ -1,10 +1,13 @@
 """`dmd synthesize` as users call it: a small student, its teacher, torchrun, Ray; and what is wrong gets a sentence."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,8 +18,9 @@ sys.path.insert(0, str(Path(__file__).parent / "teachers"))
 import stub as stubs
 import tiny
 
-from dmd import seeding, synthesis, teachers
+from dmd import seeding, shards, synthesis, teachers
 from dmd.cli import synthesize as command
+from dmd.cli.flags import read
 from dmd.data import groups
 from dmd.data.images import to_uint8
 from dmd.generate import REPLICAS, caption_source, guided_steps, student_generator
@@ -79,6 +83,7 @@ def test_a_data_set_has_the_students_or_its_teachers_images(run, tmp_path, capsy
     said = capsys.readouterr().out
     assert "has 1 empty lines" in said and "has 1 captions that were there before" in said
     assert "png" in said and "9 images of 3 captions in 2 shards, 0 dropped" in said
+    assert "was not measured; --diversity 64" in said
     found = list(groups.ImageGroups(tmp_path / "set", 3, shuffle=False))
     assert [i.caption for i in found] == ["b", "a", "c"]
     for item in found:
@@ -251,6 +256,40 @@ def test_another_data_set_in_the_folder_gets_a_sentence(run, tmp_path, capsys):
         flags(run, tmp_path / "set", "--seed", "1"), capsys
     )
     assert (tmp_path / "set" / "00000.tar").read_bytes() == before
+
+
+def test_a_full_disk_gets_a_sentence_and_the_same_command_goes_on(run, tmp_path, capsys, monkeypatch):
+    """In the middle of the second shard: the first stays, nothing half written keeps its name."""
+    real, calls = shards.ShardWriter.add, []
+
+    def add(self, *values):
+        calls.append(self.name)
+        if len(calls) == 8:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder / f"{self.name}.tar"))
+        real(self, *values)
+
+    monkeypatch.setattr(shards.ShardWriter, "add", add)
+    said = refused(flags(run, tmp_path / "set"), capsys)
+    assert os.strerror(errno.ENOSPC) in said and "00001.tar" in said
+    assert {p.name for p in (tmp_path / "set").iterdir() if not p.name.startswith(".lock")} == {
+        "manifest.json", "00000.tar", "00000.parquet", "00000_stats.json",
+    }  # fmt: skip
+    command.main(flags(run, tmp_path / "set"))
+    assert "made 3 images" in capsys.readouterr().out
+
+
+def test_an_actor_works_where_the_command_was_given_and_answers_with_sentences(run, tmp_path, monkeypatch):
+    """The function of Ray's actors, without Ray."""
+    monkeypatch.chdir(tmp_path)  # and back at the end
+    argv = ["captions.txt", *flags(Path("."), "set")[1:]]
+    options = read(command.SynthesizeOptions, argv, "dmd synthesize")
+    built = partial(command._build_in, run, options)
+    assert Path(built().folder).absolute() == run / "set"
+    lost = synthesis.RayWorker(partial(command._build_in, tmp_path / "nowhere", options))
+    found = lost({"shard": torch.tensor([0])})
+    assert found["images"] == [0] and f"has no folder {tmp_path / 'nowhere'}" in found["error"][0]
+    wrong = synthesis.RayWorker(partial(command._build_in, run, replace(options, student="nowhere")))
+    assert "nowhere is no folder" in wrong({"shard": torch.tensor([0])})["error"][0]
 
 
 @pytest.mark.distributed

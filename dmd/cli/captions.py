@@ -78,14 +78,16 @@ def _drawer(options: CaptionOptions) -> tuple["Draw", dict[str, Any], int]:
     if options.world == "shapes":
         return grammar.of_shapes(options.seed), spec, BATCH
     found = concepts.shipped() if options.concepts is None else concepts.read(options.concepts)
-    spec |= {"concepts": found.digest(), "mixture": vars(options.mixture), "llm": options.llm}
+    spec |= {"concepts": found.digest(), "mixture": vars(options.mixture), "llm": None}
     if options.llm is None:
         return grammar.templates(found, options.mixture, options.seed), spec, BATCH
     import torch
 
+    from dmd import checkpoint
     from dmd.captions import language
     from dmd.cli.sample import find_device
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[options.llm_precision]
     model = language.LanguageModel(options.llm, find_device(options.device), dtype)
+    spec["llm"] = {"weights": checkpoint.digest(model.model), "precision": options.llm_precision}
     return language.captions(model, found, options.mixture, options.seed), spec, options.batch_size

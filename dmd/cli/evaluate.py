@@ -17,7 +17,7 @@ from dmd.errors import InputError
 
 if TYPE_CHECKING:
     from dmd.build import Workplace
-    from dmd.metrics.assess import Look
+    from dmd.metrics.assess import Census, Look
     from dmd.metrics.backbones import Extractor
     from dmd.metrics.evaluate import Reference
     from dmd.metrics.protocols import Protocol
@@ -157,13 +157,13 @@ def evaluate(options: EvaluateOptions) -> None:
     results: list[dict[str, Any]] = []
     for source, each in zip(measured, looks, strict=True):
         seen, census = assess.look(source, each, options.batch_size, True)
-        label = _label(extractor, protocol, len(source))
+        label = _label(extractor, protocol, source, census, reference)
         head = extractor.head if extractor is not None and _knows_classes(extractor, source) else None
         figures = assess.figures(source, seen, label, reference, head, options.seed, options.bootstrap)
         dimensions = seen["features"].shape[1] if "features" in seen else 0
         resizes = extractor is None or extractor.resizing != "no resizing"
         notes = assess.notes(source, census, extractor, dimensions, reference, resizes)
-        notes += _protocol_notes(protocol, source, census)
+        notes += _protocol_notes(protocol, source, census, reference)
         few = len(source) < assess.ENOUGH
         scores = {name: scoreboard.Score(f.value, f.low, f.high) for name, f in figures.items()}
         rows.append(scoreboard.Row(source.name, len(source), few, scores))
@@ -258,10 +258,13 @@ def _images(name: str, seed: int) -> Any:
     if name not in DRAWN:
         return sources.read(name)
     from dmd import build
-    from dmd.data import images
+    from dmd.data import images, shapes
 
-    found = images.digits() if name == "digits" else build.shapes_set(seed, "test")
-    return sources.Arrays.of(name, found)
+    if name == "digits":
+        return sources.Arrays.of(name, images.digits())
+    drawn = sources.Arrays.of(name, build.shapes_set(seed, "test"))  # whose labels are of one thing only
+    captions = tuple(shapes.caption(scene) for scene in build.shapes_scenes(seed, "test"))
+    return replace(drawn, labels=None, captions=captions)
 
 
 def _part(source: Any, samples: int | None) -> "Source":
@@ -404,13 +407,34 @@ def _clip(options: EvaluateOptions, protocol: "Protocol | None", place: "Workpla
     return replace(clip, prefix=options.clip_prefix, before=before)
 
 
-def _label(extractor: "Extractor | None", protocol: "Protocol | None", count: int) -> str:
-    """FID-COCO30k is what it says only with 30,000 images."""
+def _label(
+    extractor: "Extractor | None", protocol: "Protocol | None", source: "Source", census: "Census",
+    reference: "Reference | None",
+) -> str:  # fmt: skip
+    """What the distance is called: FID-COCO30k only where nothing differs from the protocol that can be seen."""
     if extractor is None:
         return ""
     if protocol is None or protocol.name != "coco30k":
         return extractor.label
-    return protocol.label if count == protocol.samples else "FID-COCO"
+    return "FID-COCO" if _off_coco(source, census, reference) else protocol.label
+
+
+def _off_coco(source: "Source", census: "Census", reference: "Reference | None") -> list[str]:
+    """In what images and reference differ from the coco30k protocol, as far as they tell."""
+    from dmd.metrics.protocols import COCO_30K, COCO_PHOTOGRAPHS, COCO_PROMPTS
+
+    found = []
+    if len(source) != COCO_30K.samples:
+        found.append(f"it is of {COCO_30K.samples:,} images, and these are {len(source):,}")
+    if set(census.sizes) != {(512, 512)}:
+        found.append("it is of images of 512x512 pixels, and these are not, or not all")
+    different = len(set(source.captions or ()))
+    if different < COCO_PROMPTS:
+        known = f"of {different:,} different captions" if source.captions else "of captions that nothing tells"
+        found.append(f"it is of an image for each of 30,000 captions, and these are {known}")
+    if reference is not None and reference.count != COCO_PHOTOGRAPHS:
+        found.append(f"it is against {COCO_PHOTOGRAPHS:,} photographs, and this reference has {reference.count:,}")
+    return found
 
 
 def _knows_classes(extractor: "Extractor", source: "Source") -> bool:
@@ -421,15 +445,16 @@ def _knows_classes(extractor: "Extractor", source: "Source") -> bool:
     return len(source.labels.unique()) == len(last)
 
 
-def _protocol_notes(protocol: "Protocol | None", source: "Source", census: Any) -> list[str]:
+def _protocol_notes(
+    protocol: "Protocol | None", source: "Source", census: "Census", reference: "Reference | None"
+) -> list[str]:
     if protocol is None:
         return []
-    found = []
-    if len(source) != protocol.samples:
-        found.append(
-            f"{source.name}: figures by {protocol.name} are published with {protocol.samples:,} samples, these have "
-            f"{len(source):,}"
-        )
-    if protocol.name == "coco30k" and set(census.sizes) != {(512, 512)}:
-        found.append(f"{source.name}: {protocol.name} is of images of 512x512 pixels, and these are not, or not all")
-    return found
+    if protocol.name == "coco30k":
+        return [f"{source.name}: not the protocol coco30k: {why}" for why in _off_coco(source, census, reference)]
+    if len(source) == protocol.samples:
+        return []
+    return [
+        f"{source.name}: figures by {protocol.name} are published with {protocol.samples:,} samples, these have "
+        f"{len(source):,}"
+    ]

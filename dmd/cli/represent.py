@@ -1,6 +1,7 @@
 """`dmd represent METHOD [PRESET]`: a backbone learnt from images and captions, made by a one-step student or found."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 from dmd.cli import directory, flags
@@ -32,7 +33,14 @@ def parse(argv: Sequence[str], prog: str) -> flags.Command[Config]:
     if method not in METHODS:
         raise InputError(f"there is no method {method!r}: choose one of {', '.join(METHODS)}")
     text = f"{method}: {METHODS[method]}."
-    return flags.over_preset(rest, f"{prog} {method}", text, PRESETS, partial(preset, method), check)
+    settings = partial(_without_data if "--online" in rest else preset, method)
+    return flags.over_preset(rest, f"{prog} {method}", text, PRESETS, settings, check)
+
+
+def _without_data(method: str, name: str) -> Config:
+    """A preset whose images are made as they are looked at, whatever it reads otherwise."""
+    config = preset(method, name)
+    return replace(config, data=replace(config.data, data=None))
 
 
 def represent(argv: Sequence[str], prog: str) -> None:

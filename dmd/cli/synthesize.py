@@ -1,6 +1,7 @@
 """`dmd synthesize`: captions to a data set of images, by a student (one step) or a teacher (many)."""
 
 import os
+import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -117,6 +118,10 @@ def synthesize(options: SynthesizeOptions) -> None:
     print(f"{job.folder}: {kept} images of {spec.count} captions in {spec.shards} shards, {dropped} dropped")
     if measure:
         _say_diversity(options, job, measure)
+    elif spec.replicas > 1:
+        print(
+            "note: how different the images of a caption are was not measured; --diversity 64 does it for 64 captions"
+        )
 
 
 def check(options: SynthesizeOptions) -> None:
@@ -241,8 +246,20 @@ def _run(options: SynthesizeOptions, job: "Job", worker: int, workers: int, tick
 
     if options.engine == "local":
         return synthesis.work(job, worker, workers, tick)
-    remote = partial(build, options)
+    remote = partial(_build_in, Path.cwd(), options)
     return synthesis.work_with_ray(remote, job.folder, job.spec, options.ray_workers, options.ray_gpus, tick)
+
+
+def _build_in(folder: Path, options: SynthesizeOptions) -> "Job":
+    """In an actor of Ray: the job of a command that was given in `folder`, which its paths, and those of its run, are
+    relative to. Raises InputError if the node has no such folder; else as `build`."""
+    try:
+        os.chdir(folder)
+    except OSError:
+        raise InputError(
+            f"the node {platform.node()} has no folder {folder}: nodes must see the same folders"
+        ) from None
+    return build(options)
 
 
 def _measure(options: SynthesizeOptions) -> "CaptionDiversity":
@@ -261,6 +278,10 @@ def _say_diversity(options: SynthesizeOptions, job: "Job", measure: "CaptionDive
     jobs = {"teacher" if options.teacher else "this data set": job}
     if _distilled_with(Path(options.student)) is not None and not options.teacher and (options.steps or 1) == 1:
         jobs["teacher"] = build(replace(options, teacher=True, guidance_scale=None), list(job.captions))
+    if "teacher" not in jobs:
+        print(
+            f"note: {options.student} does not lie in its run, so its teacher is not known and not measured beside it"
+        )
     count = min(options.diversity, job.spec.count)
     print(f"diversity within {count} captions, {measure.name}:  feature cosine distance, LPIPS")
     figures = {}

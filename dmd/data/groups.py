@@ -114,13 +114,18 @@ def parts(path: str | Path) -> list[Part]:
     if not path.is_dir():
         raise InputError(f"{str(path)[:200]} is no data set: give {LAYOUTS}")
     if (path / MANIFEST).is_file():
-        return [_shard(path / f"{name}.tar", count) for name, count in _manifest(path).items()]
+        return [_shard(archive, count) for archive, count in archives(path).items()]
     if (path / "metadata.jsonl").is_file():
         return [Part(path.name, partial(_captioned, path))]
     tars = sorted(path.glob("*.tar"))
     if not tars:
         raise InputError(f"{path} holds neither {MANIFEST} nor metadata.jsonl nor *.tar: give {LAYOUTS}")
     return [_shard(tar, None) for tar in tars]
+
+
+def archives(folder: Path) -> dict[Path, int]:
+    """The archives of a data set of ours and their numbers of images. Raises InputError as `parts`."""
+    return {folder / f"{name}.tar": count for name, count in _manifest(folder).items()}
 
 
 def _manifest(folder: Path) -> dict[str, int]:

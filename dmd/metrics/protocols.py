@@ -118,6 +118,10 @@ COCO_30K = Protocol(
     "one image of 512 px for each of 30,000 captions of COCO 2014 val, its middle square resized by Lanczos to 256 px, "
     "against all 40,504 photographs treated alike, then as clean-fid",
 )  # fmt: skip
+COCO_PHOTOGRAPHS = 40_504
+"""Of COCO 2014 val."""
+COCO_PROMPTS = 29_000
+"""Different captions among 30,000 at least: people have given a few photographs the same one."""
 DINOV2 = Protocol(
     "dinov2", "timm:vit_large_patch14_dinov2.lvd142m", "FD-DINOv2", as_it_is, 224, 50_000,
     "DINOv2 ViT-L/14's class token at 224 px, antialiased bicubic (Stein et al. 2023, arXiv 2306.04675)",

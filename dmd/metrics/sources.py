@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dmd.data import captioned, prompts, tar
+from dmd.data.groups import MANIFEST, archives
 from dmd.data.images import NPZ_ERRORS, SUFFIXES, ImageSet, read_image
 from dmd.errors import InputError
 
@@ -193,6 +194,8 @@ def _folder(path: Path) -> Encoded:
     if (path / "metadata.jsonl").is_file():
         return _captioned(path)
     tars = sorted(path.glob("*.tar"))
+    if (path / MANIFEST).is_file() and (tars or (path / "contact_sheet.png").is_file()):
+        return _data_set(path)
     if tars:
         return _tars(path, tars)
     files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file() and _shown(p, path))
@@ -201,6 +204,17 @@ def _folder(path: Path) -> Encoded:
     parents = sorted({p.parent for p in files})
     classes = tuple(parents.index(p.parent) for p in files) if len(parents) > 1 else None
     return Encoded(str(path), tuple(map(_file, files)), None, classes)
+
+
+def _data_set(path: Path) -> Encoded:
+    """The images of `dmd synthesize`, which must be whole."""
+    shards = archives(path)
+    found, asked = _tars(path, list(shards)), sum(shards.values())
+    if len(found) != asked:
+        raise InputError(
+            f"{path} holds {len(found):,} images, but its {MANIFEST} says {asked:,}: make it again by its command"
+        )
+    return found
 
 
 def _shown(file: Path, root: Path) -> bool:

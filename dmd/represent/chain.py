@@ -83,7 +83,7 @@ class Chain:
         run = Run(
             self.folder,
             task,
-            Prefetched(batches, config.data.workers, steps, place.device),
+            Prefetched(batches, self._workers(), steps, place.device),
             Cadence(
                 steps, config.run.log_every, config.run.checkpointing_steps, keep=config.run.checkpoints_total_limit
             ),
@@ -108,6 +108,10 @@ class Chain:
         assert self.source is not None  # by `run`
         whole = m.epochs * self.source.count / self.config.data.captions_per_batch
         return math.ceil(whole) if m.epochs else m.max_train_steps
+
+    def _workers(self) -> int:
+        """Processes that make batches ahead: none beside a student on a GPU, which begins them on a stream."""
+        return 0 if self.config.data.online and self.place.device.type == "cuda" else self.config.data.workers
 
     # ------------------------------------------------------------------------- images
 

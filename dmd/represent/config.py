@@ -30,7 +30,7 @@ class DataOptions:
     """Shards of `dmd synthesize` or other webdataset shards, a folder with metadata.jsonl, or, with classes for
     captions, "digits", an .npz file, or a folder of class folders. Left out, --student makes images of --captions."""
     online: bool = False
-    """Have --student make fresh images in every step, which are never stored."""
+    """Have --student make fresh images in every step, which are never stored, in place of a preset's --data."""
     student: str = "shapes-student"
     """Folder of a student, or the one that ships. Its noise has the run's --seed."""
     captions: str | None = None
@@ -49,7 +49,8 @@ class DataOptions:
     max_broken: int = 0
     """Images that may be broken in each worker."""
     workers: int = 0
-    """Processes that read and augment images; 0 does it in the process that trains."""
+    """Processes that read and augment images, and with --online make them; 0 does it in the process that trains. With
+    --online on a GPU this does not count: a stream of its own makes images ahead."""
 
 
 @dataclass(frozen=True)
@@ -262,8 +263,6 @@ def check(config: Config) -> None:
         raise InputError(f"--captions-per-batch is {d.captions_per_batch}: it must be at least 2")
     if d.online and d.data is not None:
         raise InputError(f"--online makes images, and --data {d.data} has them: give one of both")
-    if d.online and d.workers:
-        raise InputError(f"--workers {d.workers} are for images on the disk: leave it out with --online")
     if d.data is None and not d.online and d.per_caption > d.replicas:
         raise InputError(
             f"--per-caption is {d.per_caption}, but --replicas makes {d.replicas} images of each caption: ask for "

@@ -17,7 +17,7 @@ from dmd.data import groups
 from dmd.data.groups import Broken, Group
 from dmd.data.images import ImageSet, to_uint8
 from dmd.errors import InputError
-from dmd.online import Online
+from dmd.online import FreshBatch, Online
 from dmd.seeding import Stream, bits
 from dmd.shards import MANIFEST
 
@@ -267,7 +267,8 @@ class Labelled:
 
 
 class Fresh:
-    """Images of a student, new in every epoch, on its device.
+    """Images of a student, new in every epoch, on its device. On a GPU those of the step after are begun while the
+    learner works; steps in any order give the same images.
 
     Args:
         online: makes them; its batches are this process's.
@@ -277,8 +278,11 @@ class Fresh:
     def __init__(self, online: Online, digest: str):
         self.online, self.digest = online, digest
         self.count = self.captions = len(online.captions)
+        self._begun: dict[int, Callable[[], FreshBatch]] = {}
 
     def draw(self, step: int, place: Tensor) -> Drawn:
-        batch = self.online.batch(step)
+        waiting = self._begun.pop(step, None) or self.online.begin(step)
+        self._begun = {step + 1: self.online.begin(step + 1)}  # before the learner takes the device
+        batch = waiting()
         m = self.online.per_caption
         return Drawn(list(to_uint8(batch.images)), batch.labels[::m], batch.captions)

@@ -210,3 +210,24 @@ def test_links_in_tars_are_not_followed(tmp_path):
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         archive.addfile(link)
     refused(lambda: read(tmp_path / "x.tar"), "holds no image")
+
+
+def test_a_data_set_of_ours_must_be_whole(tmp_path):
+    """What its manifest says against what is there: the images, or a sentence."""
+    import stub
+
+    from dmd import synthesis
+
+    job = stub.job(tmp_path / "set")
+    synthesis.work(job)
+    source = read(job.folder)
+    assert len(source) == 120 and len(set(source.captions)) == 30
+    manifest = (job.folder / "manifest.json").read_text()
+    (job.folder / "manifest.json").write_text(manifest.replace('"complete": true', '"complete": false'))
+    refused(lambda: read(job.folder), "not complete")
+    (job.folder / "manifest.json").write_text(manifest)
+    members = [(f"{i}.png", encoded(pixels(4, 4, 3, seed=i))) for i in range(3)]
+    shard(job.folder / "00002.tar", members)
+    refused(lambda: read(job.folder), "holds 111 images", "says 120")
+    (job.folder / "00002.tar").unlink()
+    refused(lambda: read(job.folder), "00002.tar is missing")

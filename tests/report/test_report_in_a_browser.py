@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import shutil
 
 import numpy as np
@@ -55,6 +56,8 @@ def browser():
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if program is None:
+        if os.environ.get("CI") == "true":
+            pytest.fail("there is no chromium on the PATH, and CI must look at the report")
         pytest.skip("there is no chromium on the PATH")
     with sync_api.sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])

@@ -1,5 +1,6 @@
 """What a step sees: the same views whatever process, batch or resume; captions and images as they should be."""
 
+import dataclasses
 import io
 import json
 import pickle
@@ -167,6 +168,32 @@ def test_fresh_images_are_those_of_online():
     batch = online().batch(2)
     assert drawn.captions == batch.captions and torch.equal(drawn.labels.repeat_interleave(2), batch.labels)
     assert torch.equal(torch.stack(list(drawn.images)).float(), ((batch.images + 1) * 127.5).round())
+
+
+def test_fresh_images_are_begun_a_step_ahead_and_do_not_depend_on_that():
+    """What a step's images are does not depend on the steps before, and no step's are begun twice in a run."""
+    begun = []
+
+    @dataclasses.dataclass(eq=False)
+    class Noting(Online):
+        def begin(self, step):
+            begun.append(step)
+            return super().begin(step)
+
+    def build():
+        return lambda captions, numbers, epoch: (numbers[:, None, None, None] % 97 / 48.5 - 1).expand(-1, 3, 6, 6)
+
+    def online():
+        return Noting(build, [f"c{i}" for i in range(7)], 4, 2, seed=3)
+
+    fresh, place = Fresh(online(), "x"), torch.arange(4)
+    for step in (0, 1, 2, 7, 2):
+        alone = Fresh(online(), "x").draw(step, place)
+        del begun[-2:]
+        drawn = fresh.draw(step, place)
+        assert torch.equal(torch.stack(list(drawn.images)), torch.stack(list(alone.images)))
+        assert drawn.captions == alone.captions
+    assert begun == [0, 1, 2, 3, 7, 8, 2, 3]
 
 
 # ---- views

@@ -1,6 +1,7 @@
 """`dmd represent` from end to end, at a size for seconds: all methods, export, resume, and bad input in a sentence."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import timm
@@ -109,6 +110,25 @@ def test_stopping_and_going_on_gives_the_same_backbone(tmp_path, pictures, metho
 
 
 SHIPPED = ["--caption-count", "8", "--replicas", "2", "--synthesis-batch-size", "8"]
+
+
+def test_online_takes_the_place_of_a_presets_data():
+    """As the documented command says it; what the user gives beside it is refused."""
+    found = cli.parse(["stablerep", "gpu", "--online"], "dmd represent").config
+    assert found.data.data is None and replace(found.data, data="data/synthetic", online=False) == (
+        preset("stablerep", "gpu").data
+    )
+
+
+def test_another_process_makes_the_images_that_this_one_would(tmp_path):
+    """With a student on the CPU: the same learner, step by step."""
+    rows = []
+    for workers in ("0", "1"):
+        folder = tmp_path / workers
+        argv = ["stablerep", "--online", "--workers", workers, "--output-dir", str(folder), "--image-size", "32"]
+        cli.represent([*argv, *TINY, *SHIPPED], "dmd represent")
+        rows.append([r["loss/contrast"] for r in read_jsonl(folder / "metrics.jsonl")])
+    assert len(rows[0]) == 3 and rows[0] == pytest.approx(rows[1], rel=1e-3)  # images round alike but for threads
 
 
 @pytest.mark.parametrize("online", [False, True])
