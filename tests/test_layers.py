@@ -159,7 +159,7 @@ ALLOWED = {
     "pairs": {"checkpoint", "seeding", "errors"},
     "report": {"config", "log", "errors", "plots", "settings"},
     "plots": set(),
-    "clipgen": METHOD | {"plots"},
+    "clipgen": METHOD | {"plots", "shipped"},
     "represent": METHOD | {"generate", "online", "scoreboard", "shards", "synthesis"},
     "scoreboard": {"plots"},
 }
