@@ -1,6 +1,9 @@
 """What the benchmarks measure is what they say."""
 
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -191,8 +194,6 @@ def test_a_ratio_is_of_works_that_met_the_same_moment():
 
 
 def test_results_go_to_a_file_with_machine_and_commit(tmp_path, capsys):
-    import json
-
     from benchmarks.common import finish
 
     finish("name", {"x": 1.5}, tmp_path / "a" / "name.json")
@@ -200,3 +201,25 @@ def test_results_go_to_a_file_with_machine_and_commit(tmp_path, capsys):
     assert line == json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (line["benchmark"], line["results"]) == ("name", {"x": 1.5})
     assert line["machine"]["torch"] == torch.__version__ and line["machine"]["commit"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command",
+    [
+        "dataset --quick --only captions encode",
+        "sampling --quick --runs 2 --pipeline dmd/models/shapes-student",
+        "step digits --quick",
+        "all --quick --only P2 P7",
+    ],
+)
+def test_the_last_line_is_json(command):
+    """As the commands are given; `benchmarks.results` and CI read that line and nothing else."""
+    root = Path(__file__).parents[1]
+    name, *arguments = command.split()
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{name}", *arguments], cwd=root, capture_output=True, text=True, check=True
+    )
+    line = json.loads(done.stdout.splitlines()[-1])
+    assert line["benchmark"] == name and line["arguments"] == arguments and line["machine"]["torch"]
+    assert line["results"]
