@@ -21,7 +21,7 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -42,8 +42,9 @@ from dmd.data.images import ImageSet
 from dmd.metrics.manifold import diversity
 from dmd.metrics.sources import Arrays
 from dmd.represent import features, sets
+from dmd.seeding import Stream, bits
 
-FIGURES = ("kNN-20", "linear", "RankMe")
+SHOWN = ("zero-shot", "diversity", "kNN-20", "linear", "RankMe")
 REPLICAS = 10
 """Stored images of a caption in experiment b."""
 M = (2, 4, 8)
@@ -311,12 +312,16 @@ class Bench:
         return self.stored(f"{name}-classes", make)
 
     def some(self, name: str, data: Path, count: int) -> Path:
-        """So many of a set's images, as many of each caption as can be."""
+        """So many of a set's images, or all, as many of each caption as can be."""
 
         def make() -> ImageSet:
             found = images.load(data, "train")
-            order = sets.drawn(found.labels, max(1, -(-count // len(found.classes))))
-            return found.select(torch.nonzero(order)[:, 0][:count])
+            words = bits(0, Stream.PROBE_SPLIT, 0, torch.arange(len(found)), 1)[:, 0]
+            turn = torch.empty(len(found), dtype=torch.int64)
+            for c in found.labels.unique():
+                members = torch.nonzero(found.labels == c)[:, 0]
+                turn[members[words[members].argsort(stable=True)]] = torch.arange(len(members))
+            return found.select(turn.argsort(stable=True)[:count].sort().values)
 
         return self.stored(name, make)
 
@@ -420,11 +425,12 @@ def experiment_c(bench: Bench) -> dict[str, Arm]:
     synthetic = bench.synthetic(f"student-{each}", each)
     more, same = bench.some("real-more", real, round(2.5 * n)), bench.some("real-same", real, n)
     size = ("--per-caption", str(min(4, each)))
+    count = len(images.load(more, "train"))
     return {
         f"StableRep+, {n:,} synthetic": learner(bench, "c-plus", "stablerep-plus", *size, "--data", str(synthetic)),
         f"CLIP, {n:,} synthetic": learner(bench, "c-clip-synthetic", "clip", "--data", str(synthetic)),
         f"CLIP, {n:,} real": learner(bench, "c-clip-same", "clip", "--data", str(same)),
-        f"CLIP, {min(total, round(2.5 * n)):,} real": learner(bench, "c-clip-more", "clip", "--data", str(more)),
+        f"CLIP, {count:,} real": learner(bench, "c-clip-more", "clip", "--data", str(more)),
     }
 
 
@@ -492,6 +498,19 @@ def verdicts(bench: Bench, results: dict[str, dict[str, dict[str, float]]]) -> l
     return found
 
 
+def chart(experiment: str, world: str, seeds: Sequence[int], arms: Mapping[str, Mapping[str, Any]]) -> str:
+    """An SVG of what `summarised` gives: means, and bars from the lowest to the highest seed."""
+    rows = [
+        scoreboard.Row(
+            arm, len(seeds), False,
+            {n: scoreboard.Score(row[n]["mean"], row[n]["low"], row[n]["high"]) for n in SHOWN if n in row},
+        )
+        for arm, row in arms.items()
+    ]  # fmt: skip
+    title = f"Experiment {experiment}, {world}: real test images, {len(seeds)} seeds"
+    return scoreboard.svg(rows, title, "Bars: lowest and highest seed.")
+
+
 def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--experiment", choices=list(EXPERIMENTS), default="a")
@@ -518,22 +537,13 @@ def main() -> None:
             parser.error(f"no arm of experiment {options.experiment} begins with {' or '.join(options.only)}")
     found = {name: [arm(seed) for seed in options.seeds] for name, arm in arms.items()}
     results = summarised(found)
-    names = list(dict.fromkeys(name for row in results.values() for name in row))
-    shown = [name for name in ("zero-shot", "diversity", *FIGURES) if name in names]
+    shown = [name for name in SHOWN if any(name in row for row in results.values())]
     print(f"{'':36}" + "".join(f"{name:>18}" for name in shown))
     for arm, row in results.items():
         cells = (f"{row[n]['mean']:.4f} ± {row[n]['std']:.4f}" if n in row else "-" for n in shown)
         print(f"{arm:36}" + "".join(f"{cell:>18}" for cell in cells))
-    rows = [
-        scoreboard.Row(
-            arm, len(options.seeds), False,
-            {n: scoreboard.Score(row[n]["mean"], row[n]["low"], row[n]["high"]) for n in shown if n in row},
-        )
-        for arm, row in results.items()
-    ]  # fmt: skip
     plot = folder / f"experiment-{options.experiment}.svg"
-    title = f"Experiment {options.experiment}, {options.world}: real test images, {len(options.seeds)} seeds"
-    plot.write_text(scoreboard.svg(rows, title, "Bars: lowest and highest seed."), encoding="utf-8")
+    plot.write_text(chart(options.experiment, options.world, options.seeds, results), encoding="utf-8")
     whole_a = options.experiment == "a" and not options.quick and not options.only
     targets = verdicts(bench, results) if whole_a else []
     for target in targets:

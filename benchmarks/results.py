@@ -21,6 +21,7 @@ from typing import Any
 from benchmarks import charts, common
 from benchmarks.charts import Line
 from benchmarks.quality import FIGURES, chart
+from benchmarks.representation import chart as experiment_chart
 from dmd.plots import show
 
 FOLDER = Path(__file__).parent / "results"
@@ -242,6 +243,54 @@ def representation(measured: Measured) -> str:
     return "\n\n".join([text, rows(["", *names], body), *said])
 
 
+def representation_plots(measured: Measured) -> dict[str, str]:
+    r = measured.results
+    return {f"{measured.key}.svg": experiment_chart(r["experiment"], r["world"], r["seeds"], r["arms"])}
+
+
+def text_to_image(measured: Measured) -> str:
+    r = measured.results
+    body = []
+    for key, row in sorted(r["rows"].items()):
+        asked, name = key.split("/", 1)
+        agreement = f"{100 * row['caption_agreement']:.1f} %" if "caption_agreement" in row else "–"
+        rate = f"{row['images_per_second']:.3g}"
+        body.append(
+            [f"{asked.replace('_', ' ')}: {name}", agreement, f"{row['fd_0']:.4f}", f"{row['clip_score']:.1f}", rate]
+        )
+    titles = [f"{r['samples']:,} captions each", "show their caption", r["metric"], "CLIP score", "images per second"]
+    return rows(titles, body)
+
+
+def clipgen(measured: Measured) -> str:
+    r = measured.results
+    c = r["cache"]
+    body = [
+        [
+            "256 tokens without and with the cache, s",
+            f"{c['uncached_seconds']:.3g}",
+            f"{c['cached_seconds']:.3g}",
+            f"{c['times_faster']:.1f} times",
+        ],
+        *(
+            [
+                f"{stage} step and its bare calls, ms",
+                f"{1e3 * r[stage]['step_seconds']:.4g}",
+                f"{1e3 * r[stage]['bare_seconds']:.4g}",
+                f"{r[stage]['bare_share']:.3f}",
+            ]
+            for stage in ("tokenizer", "transformer")
+        ),
+    ]
+    work = [
+        [stage, f"{row['gflop_per_image']:.3g}", f"{row['images']:,}", f"{row['tflop']:.3g}"]
+        for stage, row in r["operations"].items()
+    ]
+    said = f"Logits with and without the cache differ by at most {c['logits_apart']:.1e}."
+    counted = rows(["Arithmetic of a stage", "GFLOP an image", "images", "TFLOP"], work)
+    return "\n\n".join([rows(["", "whole", "least", ""], body), said, counted])
+
+
 SECTIONS = {
     "all": Section("Targets P1 to P8", "Each beside its bound.", targets),
     "sampling": Section(
@@ -271,7 +320,19 @@ SECTIONS = {
         quality_plots,
     ),
     "representation": Section(
-        "Representation", "Probes of backbones that learnt from synthetic and from real images.", representation
+        "Representation",
+        "Probes of backbones that learnt from synthetic and from real images.",
+        representation,
+        representation_plots,
+    ),
+    "text_to_image": Section(
+        "Text to image",
+        "One step, many steps and token by token on the same captions of shapes; CLIP-GEN has learnt without captions. "
+        "Distance and score are by CLIP-GEN's own CLIP, which flatters it.",
+        text_to_image,
+    ),
+    "clipgen": Section(
+        "CLIP-GEN", "What the cache saves, and what a training step adds to its network calls.", clipgen
     ),
     "dataset": Section("Data set", "From a generator to shards; rates are images per second.", dataset),
 }

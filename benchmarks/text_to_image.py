@@ -40,7 +40,10 @@ def main() -> None:
     parser.add_argument("--clipgen", default="runs/clipgen-shapes", help="a finished run of dmd clipgen")
     parser.add_argument("--samples", type=int, default=512, help="images of each kind of captions")
     parser.add_argument("--steps", type=int, default=50, help="of the teacher")
+    parser.add_argument("--quick", action="store_true", help="16 images and 2 steps: a smoke test")
     options = parser.parse_args()
+    if options.quick:
+        options.samples, options.steps = 16, 2
     say_machine()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run = Path(options.clipgen)
@@ -78,7 +81,8 @@ def main() -> None:
             f"| {asked_name} | {name} | {row.get('caption_agreement', float('nan')):.1%} | {row['fd_0']:.4f} | "
             f"{row['clip_score']:.1f} | {row['images_per_second']:.3g} |"
         )
-    finish("text_to_image", rows, options.json)
+    facts = {"metric": f"FD-{whole.clip.name}", "samples": options.samples, "steps": options.steps}
+    finish("text_to_image", facts | {"rows": rows}, options.json)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,41 @@ def test_the_page_in_the_repository_is_what_its_measurements_give():
     assert {p.name: p.read_text(encoding="utf-8") for p in results.FOLDER.glob("*.svg")} == plots
 
 
+def test_an_experiment_is_drawn_with_its_lowest_and_highest_seed(tmp_path):
+    arms = {
+        arm: {"linear": {"mean": mean, "std": 0.01, "low": mean - 0.02, "high": mean + 0.03}}
+        for arm, mean in (("StableRep, student", 0.8), ("SimCLR, student", 0.7))
+    }
+    found = {
+        "experiment": "a", "world": "digits", "train_images": 1347, "seeds": [0, 1, 2], "arms": arms,
+        "targets": [{"what": "points above SimCLR", "value": 10.0, "met": True}],
+    }  # fmt: skip
+    write(tmp_path, "representation-a", "representation", found)
+    text, plots = results.page(results.read(tmp_path))
+    assert ["StableRep, student", "0.8000 ± 0.0100"] in cells(text) and "points above SimCLR: 10.00, met" in text
+    assert "![representation-a](results/representation-a.svg)" in text
+    assert "StableRep, student: 0.800 [0.780, 0.830]" in plots["representation-a.svg"]
+    assert (
+        "3 seeds" in plots["representation-a.svg"] and ElementTree.fromstring(plots["representation-a.svg"]) is not None
+    )
+
+
+def test_clip_gen_stands_beside_the_student_and_its_costs(tmp_path):
+    row = {"caption_agreement": 0.123, "fd_0": 0.5, "clip_score": 30.0, "images_per_second": 12.3}
+    found = {"metric": "FD-X", "samples": 512, "steps": 50, "rows": {"held_out/student, 1 step": row}}
+    write(tmp_path, "text_to_image-x", "text_to_image", found)
+    step = {"step_seconds": 0.2, "bare_seconds": 0.19, "bare_share": 0.95}
+    cache = {"uncached_seconds": 7.0, "cached_seconds": 1.0, "times_faster": 7.0, "logits_apart": 6e-7}
+    stage = {"gflop_per_image": 0.41, "images": 70400, "tflop": 29.0}
+    costs = {"cache": cache, "tokenizer": step, "transformer": step, "operations": {"clip": stage}}
+    write(tmp_path, "clipgen-x", "clipgen", costs)
+    text, plots = results.page(results.read(tmp_path))
+    table = {line[0]: line[1:] for line in cells(text)}
+    assert table["held out: student, 1 step"] == ["12.3 %", "0.5000", "30.0", "12.3"] and "| FD-X |" in text
+    assert table["tokenizer step and its bare calls, ms"] == ["200", "190", "0.950"]
+    assert table["clip"] == ["0.41", "70,400", "29"] and "at most 6.0e-07" in text and not plots
+
+
 def test_sampling_is_compared_with_the_floor_of_its_own_device(tmp_path):
     """2 TFLOP at 500 TFLOP/s are 4 ms, whatever the batch."""
     write(tmp_path, "sampling-x", "sampling", SAMPLING, ["--json", "/home/me/s.json", "--batch-sizes", "1", "8"])

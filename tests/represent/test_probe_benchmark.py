@@ -71,5 +71,8 @@ def test_sets_are_cut_by_caption_and_relabelled_by_class(tmp_path):
         found.classes[a].endswith(by_class.classes[b]) for a, b in zip(found.labels, by_class.labels, strict=True)
     )
     some = images.load(world.some("real-some", whole, 200), "train")
-    assert len(some) == 200 and some.labels.bincount(minlength=20).float().std() < 1
+    counts = some.labels.bincount(minlength=20)
+    assert len(some) == 200 and counts.min() == counts.max() == 10
+    every = images.load(world.some("real-every", whole, len(found)), "train")
+    assert len(every) == len(found)  # no image of a caption is kept back
     assert world.by_caption().stat().st_mtime_ns == whole.stat().st_mtime_ns
