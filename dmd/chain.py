@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmd import build, checkpoint, evaluation, ranking, teachers
+from dmd import build, checkpoint, evaluation, log, ranking, teachers
 from dmd.batches import DistillBatches
 from dmd.build import Workplace
 from dmd.codec import Codec
@@ -43,6 +43,9 @@ EXTREMES = 8
 
 INPUTS = "inputs.json"
 """File of a run directory with the checksums of what the run was given."""
+
+ELAPSED = "elapsed.json"
+"""And with the seconds that all its starts have taken."""
 
 
 class Chain:
@@ -96,6 +99,7 @@ class Chain:
 
     def run(self) -> None:
         place, config = self.place, self.config
+        self.watch = log.Stopwatch(self.folder / ELAPSED, self.started)
         place.first(lambda: checkpoint.write_json(self.folder / "environment.json", build.environment(place)))
         teacher = self._teacher()
         if teacher is None:
@@ -182,7 +186,7 @@ class Chain:
             evaluate=evaluate,
             best=judge.best,
             keep_best=lambda step: teacher.save(average, student, self._made(step)),
-            sinks=build.sinks(config, self.folder),
+            sinks=lambda step: [*build.sinks(config, self.folder)(step), self.watch],
         )
         return run.train()
 
@@ -224,6 +228,7 @@ class Chain:
         ranking.save(self.folder / "samples", order, x_student, x_teacher, picks)
         teacher.save(student.denoiser, self.folder / "student", self._made(progress.step) | _card(summary))
         checkpoint.write_json(self.folder / "student" / "card.json", self._facts(summary))
+        self.watch.keep()
         self._say(f"{self._verdict(figures, judge)}\nreport: {report.write(self.folder)}")
 
     def _summary(self, progress: Progress, figures: dict[str, Any], judge: evaluation.Judge) -> dict[str, Any]:
@@ -240,7 +245,7 @@ class Chain:
             "reference_images": judge.reference_images,
             "samples": self.config.evaluation.final_samples,
             "prompts": list(judge.prompts[:16]) if judge.best is None else [],
-            "wall_seconds": time.monotonic() - self.started,
+            "wall_seconds": self.watch.seconds,
             "distil_seconds": progress.seconds,
             "generator_updates": updates,
             "critic_updates": critic,

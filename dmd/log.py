@@ -3,6 +3,7 @@
 import json
 import os
 import secrets
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -86,6 +87,37 @@ class Wandb:
 
     def close(self) -> None:
         self._run.finish()
+
+
+class Stopwatch:
+    """Seconds that a run has taken over all its starts: a sink, since each line of figures keeps what has passed in
+    `path`. What a kill cost since the last one is not known.
+
+    Args:
+        started: when this start began, by `time.monotonic`; left out, now.
+    """
+
+    def __init__(self, path: Path, started: float | None = None):
+        self._path, self._started = path, time.monotonic() if started is None else started
+        try:
+            self._before = float(json.loads(path.read_text(encoding="utf-8"))["seconds"])
+        except (OSError, ValueError, KeyError, TypeError):
+            self._before = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return self._before + time.monotonic() - self._started
+
+    def keep(self) -> None:
+        temporary = self._path.with_name(f".tmp-{self._path.name}")
+        temporary.write_text(json.dumps({"seconds": self.seconds}), encoding="utf-8")
+        temporary.replace(self._path)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        self.keep()
+
+    def close(self) -> None:
+        self.keep()
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -141,6 +141,8 @@ METHOD = {
     "evaluation",
     "log",
     "metrics",
+    "plots",
+    "report",
     "run",
     "seeding",
     "settings",
@@ -159,7 +161,7 @@ ALLOWED = {
     "pairs": {"checkpoint", "seeding", "errors"},
     "report": {"config", "log", "errors", "plots", "settings"},
     "plots": set(),
-    "clipgen": METHOD | {"plots", "shipped"},
+    "clipgen": METHOD | {"shipped"},
     "represent": METHOD | {"generate", "online", "scoreboard", "shards", "synthesis"},
     "scoreboard": {"plots"},
 }

@@ -25,8 +25,8 @@ from dmd.errors import InputError
 RUNS = directory.Kind(
     "dmd clipgen", Config, "transformer", RESUMABLE,
     (
-        "checkpoints", "model", "samples", "tensorboard", "wandb", "environment.json", "inputs.json", "metrics.jsonl",
-        "summary.json", "report.html", "config.json",
+        "checkpoints", "model", "samples", "stages", "tensorboard", "wandb", "environment.json", "inputs.json",
+        "metrics.jsonl", "summary.json", "elapsed.json", "report.html", "config.json",
     ),
 )  # fmt: skip
 
@@ -62,7 +62,7 @@ def train(argv: Sequence[str], prog: str) -> None:
         return flags.show(command.config)
     from dmd.clipgen.chain import Chain
 
-    directory.run(Chain, RUNS, command.config, command.fresh)
+    directory.run(Chain.whole, RUNS, command.config, command.fresh)
 
 
 def teach_tokenizer(argv: Sequence[str], prog: str) -> None:
@@ -118,6 +118,7 @@ def evaluate(argv: Sequence[str], prog: str) -> None:
     o = flags.read(kind, argv[1:] if name else argv, f"{prog} RUN", default=default)
     if not name:
         raise InputError("which run? Give its directory first, as in dmd clipgen evaluate runs/clipgen-shapes")
+    centre_prompts = config.evaluation.centre_prompts
     config = replace(config, evaluation=o.evaluation, sampling=o.sampling, run=replace(config.run, cpu=o.cpu))
     check(config)
     from dmd import build
@@ -125,6 +126,8 @@ def evaluate(argv: Sequence[str], prog: str) -> None:
 
     place = build.start(config.run)
     trained = model.load(Path(name) / chain.MODEL, place.device)
+    if trained.gap.text_mean is None or o.evaluation.centre_prompts != centre_prompts:
+        trained = chain.with_texts(config, trained)
     chain.conclude(config, trained, Path(name), {})
 
 

@@ -8,8 +8,10 @@ import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
 
 import tyro
@@ -90,7 +92,9 @@ def show(config: Any) -> None:
 
 
 def guarded(work: Callable[[], object]) -> None:
-    """Run a command: InputError and full or read-only disks become one sentence and exit code 2."""
+    """Run a command: InputError and full or read-only disks become one sentence and exit code 2; the package's own
+    warnings become one sentence each."""
+    warnings.formatwarning = _plain
     try:
         work()
     except InputError as error:
@@ -107,6 +111,18 @@ def guarded(work: Callable[[], object]) -> None:
     except KeyboardInterrupt:
         print("\ninterrupted: the same command goes on from what is saved", file=sys.stderr)
         sys.exit(130)
+
+
+def _plain(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:  # fmt: skip
+    """A warning of this package as a sentence, one of a library as Python prints it."""
+    if Path(filename).is_relative_to(Path(__file__).parents[1]):
+        return f"warning: {' '.join(str(message).split())}\n"
+    return FORMATTED(message, category, filename, lineno, line)
+
+
+FORMATTED = warnings.formatwarning
 
 
 def _fail(sentence: str, code: int) -> None:

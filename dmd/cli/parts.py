@@ -109,19 +109,18 @@ def report(argv: Sequence[str], prog: str) -> None:
 
 
 def _writer(folder: Path) -> Callable[[Path], Path]:
-    """What writes the report of a run of this kind. Raises InputError if nothing does."""
+    """What writes the report of a run of this kind."""
     from dmd import report
     from dmd.cli import clipgen, represent
     from dmd.clipgen import report as clipgen_report
+    from dmd.represent import run_report
 
     try:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return report.write
     if isinstance(raw, dict) and represent.RUNS.mark in raw:
-        raise InputError(
-            f"{folder} is a run of dmd represent, which writes no report: see its summary.json, or dmd probe"
-        )
+        return run_report.write
     return clipgen_report.write if isinstance(raw, dict) and clipgen.RUNS.mark in raw else report.write
 
 

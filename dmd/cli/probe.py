@@ -224,11 +224,7 @@ def _sets(options: ProbeOptions) -> "tuple[LabelledSet, LabelledSet | None, Labe
     train = sets.check(sets.read(options.train, "train", True))
     val = None if options.val is None else sets.read(options.val, "val", True)
     test = sets.check(sets.read(options.test or options.train, "test", True))
-    for name, other in (("--val", val), ("--test", test)):
-        if other is not None and other.source.digest() == train.source.digest():
-            raise InputError(
-                f"{name} has the same images as --train, {train.source.name}: give others, or a set that has parts"
-            )
+    sets.require_apart({"--train": train, **({} if val is None else {"--val": val}), "--test": test})
     return train, val, test
 
 

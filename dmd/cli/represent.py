@@ -12,7 +12,7 @@ RUNS = directory.Kind(
     "dmd represent", Config, "backbone", RESUMABLE,
     (
         "checkpoints", "backbone", "text", "samples", "tensorboard", "wandb", "environment.json", "inputs.json",
-        "metrics.jsonl", "summary.json", "config.json",
+        "metrics.jsonl", "summary.json", "report.html", "elapsed.json", "config.json",
     ),
 )  # fmt: skip
 

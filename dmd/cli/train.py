@@ -10,7 +10,7 @@ RUNS = directory.Kind(
     "dmd train", Config, "distill", RESUMABLE,
     (
         "checkpoints", "student", "student-lora", "samples", "tensorboard", "wandb", "environment.json", "inputs.json",
-        "metrics.jsonl", "summary.json", "report.html", "config.json",
+        "metrics.jsonl", "summary.json", "elapsed.json", "report.html", "config.json",
     ),
 )  # fmt: skip
 

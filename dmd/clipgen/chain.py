@@ -4,7 +4,7 @@ What several runs can share (a small CLIP, a tokenizer, tokens) is kept in the c
 """
 
 import json
-import time
+import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -38,10 +38,11 @@ from dmd.ema import Ema
 from dmd.errors import InputError
 from dmd.run import Cadence, Progress, Run, Stopped, Task, clip_and_check
 
-INPUTS, MODEL, SUMMARY = "inputs.json", "model", "summary.json"
+INPUTS, MODEL, SUMMARY, ELAPSED = "inputs.json", "model", "summary.json", "elapsed.json"
 BETAS = (0.9, 0.95)  # of AdamW
 FEW_CODES = 0.5
 """A tokenizer that uses a smaller part of its codes gets a warning."""
+SMALLEST = 64  # pixels of images that LPIPS sees: its trunks have nothing left of smaller ones than 32
 WORDS = 4000  # of captions that a small CLIP knows whole; it reads others by letters
 
 
@@ -62,21 +63,30 @@ class Chain:
         self.place = place
         self.folder = folder
         self.seconds: dict[str, float] = {}
+        self.sinks: Sequence[log.Sink] = ()  # of all stages, beside their own
         place.share().split(config.tokenizer.tokenizer_batch_size, "--tokenizer-batch-size")
         place.share().split(config.clip.clip_batch_size, "--clip-batch-size")
         place.share().split(config.transformer.batch_size, "--batch-size")
-        self._check_files()
         self.images = self._images()
         self.inputs = {"data": images.digest(self.images)}
 
+    @classmethod
+    def whole(cls, config: Config, place: Workplace, folder: Path) -> "Chain":
+        """A chain for `run`: what CLIP and the evaluation will need is checked now too."""
+        options.require_clip(config)
+        _check_files(config)
+        return cls(config, place, folder)
+
     def run(self) -> None:
         """All stages that are not done yet. Raises `Stopped` if one was told to stop."""
-        started = time.monotonic()
+        watch = log.Stopwatch(self.folder / ELAPSED)
+        self.sinks = [watch]
         environment = build.environment(self.place)
         self.place.first(lambda: checkpoint.write_json(self.folder / "environment.json", environment))
         clip, clip_source = self.clip()
         self._check_mean(clip)
         found = self.tokenizer()
+        self.place.first(lambda: self._keep_figures(clip_source))
         tokens, embeddings = self.tokens(found, clip)
         use = torch.bincount(tokens.flatten().long(), minlength=found.config.codes).count_nonzero().item()
         self.inputs |= {"tokenizer": checkpoint.digest(found), "clip": clip.digest()}
@@ -86,22 +96,15 @@ class Chain:
         figures = {"codebook_use": use / found.config.codes, "images": len(tokens), "updates": o.max_train_steps}
         figures["images_seen"] = o.max_train_steps * o.batch_size
         if self.place.main:
+            trained = with_texts(self.config, trained)
             model.save(trained, self.folder / MODEL, clip_source, cast(dict[str, object], figures))
             print(f"model: {self.folder / MODEL}")
-            summary = figures | {"seconds": self.seconds, "wall_seconds": time.monotonic() - started}
+            summary = figures | {"seconds": self.seconds, "wall_seconds": watch.seconds}
             conclude(self.config, trained, self.folder, summary)
+            watch.keep()
         self.place.accelerator.wait_for_everyone()
 
     # ------------------------------------------------------------------------- data
-
-    def _check_files(self) -> None:
-        """Whether what is read at the end is there at the beginning; its content is not looked at."""
-        d, e = self.config.data, self.config.evaluation
-        for flag, folder in (("--test", d.test), ("--captioned", d.captioned)):
-            if folder is not None and not (Path(folder) / "metadata.jsonl").is_file():
-                raise InputError(f"{flag} {folder} has no metadata.jsonl: give a folder of captioned images")
-        if e.centre_prompts is not None and not Path(e.centre_prompts).exists():
-            raise InputError(f"--centre-prompts {e.centre_prompts} does not exist: give a file of captions")
 
     def _check_mean(self, clip: Clip) -> None:
         """Raises InputError if the evaluation would lack the mean of texts, before anything is trained for it."""
@@ -121,6 +124,7 @@ class Chain:
 
     def _captioned(self) -> Captioned:
         """What a small CLIP learns from: the only place where training reads captions."""
+        options.require_clip(self.config)
         d = self.config.data
         if d.captioned is not None:
             return captioned.load(d.captioned, d.size)
@@ -140,6 +144,14 @@ class Chain:
                     f"over with --fresh"
                 )
         self.place.first(lambda: checkpoint.write_json(path, self.inputs))
+
+    def _keep_figures(self, clip: str) -> None:
+        """Copy what tokenizer and small CLIP said while they were taught in the cache; others' networks say nothing."""
+        own = self.config.tokenizer.tokenizer or self._cached("tokenizer", self._tokenizer_facts())
+        for name, source in (("tokenizer", Path(own)), ("clip", Path(clip))):
+            if (source / "metrics.jsonl").is_file():
+                (self.folder / report.STAGES / name).mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source / "metrics.jsonl", self.folder / report.STAGES / name / "metrics.jsonl")
 
     def _cached(self, kind: str, facts: dict[str, Any]) -> Path:
         return Path(self.config.run.cache_dir) / "clipgen" / kind / build.short_hash(facts)
@@ -243,7 +255,7 @@ class Chain:
 
         weights = Path(o.lpips_weights) if o.lpips_weights else None
         backbone: Any = o.perceptual.removeprefix("lpips-")
-        return lpips_distance(backbone, weights, self.config.data.size, self.place.device)
+        return lpips_distance(backbone, weights, max(self.config.data.size, SMALLEST), self.place.device)
 
     def _adversary(self) -> Adversary | None:
         o = self.config.tokenizer
@@ -337,12 +349,23 @@ class Chain:
     ) -> Progress:  # fmt: skip
         """Run a stage to its end. Raises `Stopped` if it was told to stop before."""
         plain = lambda step: [log.JsonLines(folder / "metrics.jsonl", step)]  # noqa: E731
-        run = Run(folder, task, batches, cadence, self.place.accelerator, title=title, sinks=sinks or plain)
+        every = lambda step: [*(sinks or plain)(step), *self.sinks]  # noqa: E731
+        run = Run(folder, task, batches, cadence, self.place.accelerator, title=title, sinks=every)
         progress = run.train()
         self.seconds[title] = progress.seconds
         if progress.step < cadence.steps:
             raise Stopped(f"stopped after step {progress.step} of the {title}; the same command goes on")
         return progress
+
+
+def _check_files(config: Config) -> None:
+    """Whether what is read at the end is there at the beginning; its content is not looked at."""
+    d, prompts = config.data, config.evaluation.centre_prompts
+    for flag, folder in (("--test", d.test), ("--captioned", d.captioned)):
+        if folder is not None and not (Path(folder) / "metadata.jsonl").is_file():
+            raise InputError(f"{flag} {folder} has no metadata.jsonl: give a folder of captioned images")
+    if prompts is not None and not Path(prompts).exists():
+        raise InputError(f"--centre-prompts {prompts} does not exist: give a file of captions")
 
 
 def tokenizer_config(config: Config) -> TokenizerConfig:
@@ -414,7 +437,6 @@ def conclude(config: Config, trained: Model, folder: Path, facts: dict[str, Any]
     asked = tests(config)
     summary: dict[str, Any] = {"preset": config.preset} | _summary(folder) | facts
     if asked:
-        trained = with_texts(config, trained)
         o = config.sampling
         total = 2 * o.candidates * sum(len(a.images) for a in asked)
         with log.progress(total, 0, "evaluation", True, "img") as bar:
@@ -438,7 +460,7 @@ def conclude(config: Config, trained: Model, folder: Path, facts: dict[str, Any]
 def with_texts(config: Config, trained: Model) -> Model:
     """The model with the mean of the given captions' embeddings, if such are given."""
     path = config.evaluation.centre_prompts
-    if path is None:
+    if path is None or "centre" not in config.transformer.gap:
         return trained
     from dmd.data import prompts
 

@@ -157,7 +157,8 @@ class EvaluationOptions:
     blur: tuple[int, ...] = (0, 1, 2)
     """Radii k of the blurred Fréchet distances FD-k, in pixels."""
     centre_prompts: str | None = None
-    """File or folder of captions whose mean is taken from text embeddings, for a CLIP that brings no mean along."""
+    """File or folder of captions whose mean is taken from text embeddings, for a CLIP that brings no mean along. Take
+    others than those of --test."""
 
 
 @dataclass(frozen=True)
@@ -242,13 +243,17 @@ def check(config: Config) -> None:
     for flag, width, heads in (("--width", m.width, m.heads), ("--clip-text-width", c.clip_text_width, 4)):
         if width % heads:
             raise InputError(f"{flag} is {width}: it must be a multiple of the {heads} attention heads")
-    if d.data != "shapes" and d.captioned is None and c.clip is None:
+    if d.data == "shapes" and d.size != 64:
+        raise InputError(f"--size is {d.size}: drawings of shapes have 64 pixels")
+
+
+def require_clip(config: Config) -> None:
+    """Raises InputError if no CLIP is given, and there are no captioned images to teach a small one on."""
+    if config.data.data != "shapes" and config.data.captioned is None and config.clip.clip is None:
         raise InputError(
             "a small CLIP needs captioned images: give --captioned, a folder of images with metadata.jsonl, or a "
             "trained CLIP's folder or id as --clip"
         )
-    if d.data == "shapes" and d.size != 64:
-        raise InputError(f"--size is {d.size}: drawings of shapes have 64 pixels")
 
 
 def read(path: Path) -> Config:
@@ -282,7 +287,7 @@ PRESETS: dict[str, Config] = {
             learning_rate=5e-4, lr_warmup_steps=500, lr_cooldown_steps=20_000, ema=0.9995,
         ),
         sampling=SamplingOptions(temperature=1.0, guidance=2.0, candidates=4),
-        evaluation=EvaluationOptions(blur=(0, 1, 2, 4), centre_prompts="data/emoji64/test"),
+        evaluation=EvaluationOptions(blur=(0, 1, 2, 4), centre_prompts="data/emoji64/train"),
         run=RunOptions(output_dir="runs/clipgen-emoji", mixed_precision="bf16", checkpointing_steps=2000),
     ),
     # the paper's sizes: 256 x 256 pixels, 16 x 16 tokens of 16,384 codes, 24 layers of width 1,024; for several GPUs
@@ -301,7 +306,7 @@ PRESETS: dict[str, Config] = {
         ),
         sampling=SamplingOptions(temperature=1.0, guidance=2.0, top_k=500, candidates=8),
         evaluation=EvaluationOptions(
-            final_samples=5000, blur=(0, 1, 2, 4, 8), centre_prompts="data/coco-val",
+            final_samples=5000, blur=(0, 1, 2, 4, 8), centre_prompts="data/coco-train",
         ),
         run=RunOptions(output_dir="runs/clipgen-paper", mixed_precision="bf16", checkpointing_steps=5000),
     ),

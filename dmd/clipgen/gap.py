@@ -37,6 +37,11 @@ class Gap:
     text_mean: Tensor | None
     noise: float = 0.0
 
+    @property
+    def centres(self) -> bool:
+        """Whether means are subtracted."""
+        return bool(self.image_mean.any())
+
     def image(self, embedding: Tensor) -> Tensor:
         """Conditions of images' embeddings (B, D): length one."""
         return F.normalize(embedding - self.image_mean, dim=-1)

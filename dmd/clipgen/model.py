@@ -57,7 +57,10 @@ class Model:
         return self.gap.text(embeddings)
 
     def with_texts(self, texts: Sequence[str]) -> "Model":
-        """The model with the mean of the embeddings of these texts as that of all texts."""
+        """The model with the mean of the embeddings of these texts as that of all texts. Raises InputError if the model
+        subtracts no means."""
+        if not self.gap.centres:
+            raise InputError("this model subtracts no mean embeddings: leave out --centre-prompts")
         mean = embed_texts(self.clip, texts).mean(0)
         return replace(self, gap=replace(self.gap, text_mean=mean.to(self.device)))
 

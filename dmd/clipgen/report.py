@@ -1,145 +1,138 @@
-"""report.html of a CLIP-GEN run: one self-contained page from the files of the run directory."""
+"""report.html of a CLIP-GEN run, from the files of the run directory."""
 
-import base64
-import json
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dmd import log
-from dmd.plots import show
+from dmd.plots import number, show
+from dmd.report import files, sheet
+from dmd.report.curves import Plan, charts
+from dmd.report.files import RunFiles
+from dmd.report.sheet import Sheet, Table
 
-TEMPLATE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ name }}</title>
-<style>
-:root { color-scheme: light dark; }
-body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 68rem; font: 1rem/1.55 system-ui, sans-serif; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .75rem; text-align: right; border-bottom: 1px solid #8884; }
-th:first-child { text-align: left; }
-img { max-width: 100%; image-rendering: pixelated; }
-svg { width: 100%; height: 9rem; background: #8881; }
-polyline { fill: none; stroke: #27c; stroke-width: 1.5; vector-effect: non-scaling-stroke; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 1rem; }
-.scroll { overflow-x: auto; }
-pre { white-space: pre-wrap; }
-</style></head><body>
-<h1>CLIP-GEN: {{ name }}</h1>
-<p>{{ headline }}</p>
-{% if picture %}
-<h2>Samples</h2>
-<p>Row by row: {{ rows | join("; ") }}. The columns of the first set are {{ captions | join("; ") }}.</p>
-<img src="{{ picture }}" alt="samples, row by row as listed above">
-{% endif %}
-{% if figures %}
-<h2>Figures</h2>
-<p>"text" is made from the captions' embeddings, "image" from those of the test images; "rebuilt" is the test images
-through the tokenizer and back. fd_k is {{ metric }} after a blur of k pixels, {{ samples }} images a row.</p>
-<div class="scroll"><table><thead><tr><th>set</th>{% for c in columns %}<th>{{ c }}</th>{% endfor %}</tr></thead><tbody>
-{% for row, cells in figures %}<tr><th>{{ row }}</th>{% for c in cells %}<td>{{ c }}</td>{% endfor %}</tr>
-{% endfor %}</tbody></table></div>
-{% endif %}
-{% if charts %}
-<h2>Training of the transformer</h2>
-<div class="charts">
-{% for c in charts %}
-<figure><figcaption>{{ c.name }}: {{ c.first }} at step {{ c.start }}, {{ c.last }} at step {{ c.end }}</figcaption>
-<svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img" aria-label="{{ c.name }}">
-<polyline points="{{ c.points }}"/></svg></figure>
-{% endfor %}
-</div>
-{% endif %}
-<h2>Repeat it</h2>
-<pre>{{ command }}</pre>
-<details><summary>Environment and all options</summary><pre>{{ environment }}</pre><pre>{{ config }}</pre></details>
-</body></html>
-"""
-CHARTS = ("loss/tokens", "right", "loss/embedding", "grad/net")
+STAGES = "stages"
+"""Folder of a run with the metrics of the stages before the transformer, which are taught in the cache."""
+
+TOKENIZER = (
+    Plan("Reconstruction", [("loss/l1", "L1")], "Falls and flattens: how far rebuilt images are from their originals."),
+    Plan("Perceptual loss", [("loss/perceptual", "perceptual")], "Falls with the reconstruction."),
+    Plan("Commitment", [("loss/commitment", "commitment")], "Small and steady: features stay near their codes."),
+    Plan(
+        "Codes in use",
+        [("codebook/use", "use"), ("codebook/perplexity", "perplexity")],
+        "Parts of all codes. Use is near 1; perplexity is far below it where a few codes do most of the work.",
+    ),
+    Plan(
+        "Discriminator",
+        [("loss/discriminator", "discriminator"), ("loss/adversarial", "tokenizer")],
+        "Zero until it begins. Then 1 where it cannot tell rebuilt images from real ones, 0 where it always can.",
+    ),
+    Plan(
+        "Adaptive weight",
+        [("health/adaptive_weight", "weight")],
+        "Positive once the discriminator begins; its limit is 10⁴.",
+        log=True,
+    ),
+)
+CLIP = (
+    Plan("Contrast", [("loss/contrastive", "contrast")], "Falls from the logarithm of the batch size."),
+    Plan(
+        "Right captions",
+        [("right", "right")],
+        "Climbs: the part of images whose nearest text of the batch is their own.",
+    ),
+)
+TRANSFORMER = (
+    Plan(
+        "Cross-entropy of tokens", [("loss/tokens", "nats a token")], "Falls from the logarithm of the number of codes."
+    ),
+    Plan("Right tokens", [("right", "right")], "Climbs slowly: many tokens cannot be foreseen."),
+    Plan(
+        "Embedding loss",
+        [("loss/embedding", "1 − cos")],
+        "Falls, where it is asked for: images come nearer to their embedding.",
+    ),
+    Plan("Gradient norm", [("grad/net", "transformer")], "Steady, without spikes.", log=True),
+)
 
 
 def write(folder: Path) -> Path:
     """Write `folder/report.html` from the other files there; missing ones cost only their section. Returns its path."""
-    import jinja2
-
-    summary, environment = _object(folder / "summary.json"), _object(folder / "environment.json")
-    figures = summary.get("figures") or {}
-    columns = list(dict.fromkeys(name for row in figures.values() for name in row))
-    page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(TEMPLATE)
-    html = page.render(
-        name=folder.resolve().name,
+    run = files.read(folder)
+    summary, captions = run.summary, [str(c) for c in _list(run.summary.get("captions"))]
+    figures = _rows(summary)
+    shown = f"Row by row: {'; '.join(figures)}. The columns of the first set are "
+    shown += "; ".join(f"{i}. {text}" for i, text in enumerate(captions, 1)) + "."
+    stages = {name: replace(run, metrics=files.read(folder / STAGES / name).metrics) for name in ("tokenizer", "clip")}
+    page = Sheet(
+        kind="CLIP-GEN",
         headline=headline(summary),
-        picture=_picture(folder / "samples" / "final.png"),
-        rows=list(figures),
-        captions=[f"{i}. {text}" for i, text in enumerate(summary.get("captions", []), 1)],
-        figures=[(name, [_cell(row.get(c)) for c in columns]) for name, row in figures.items()],
-        columns=columns,
-        metric=summary.get("metric", "the Fréchet distance"),
-        samples=summary.get("samples", 0),
-        charts=_charts(log.read_jsonl(folder / "metrics.jsonl")),
-        command=" ".join(map(str, environment.get("command", []))),
-        environment=json.dumps(environment, indent=1, ensure_ascii=False),
-        config=json.dumps(_object(folder / "config.json"), indent=1, ensure_ascii=False),
+        facts=_facts(run),
+        cautions=[],
+        pictures=sheet.pictures(folder / "samples" / "final.png", "Samples", shown),
+        tables=_tables(summary, figures),
+        charts=[
+            ("Training of the transformer", charts(run, TRANSFORMER)),
+            ("Training of the tokenizer", charts(stages["tokenizer"], TOKENIZER)),
+            ("Training of the small CLIP", charts(stages["clip"], CLIP)),
+        ],
     )
-    path = folder / "report.html"
-    temporary = folder / ".tmp-report.html"
-    temporary.write_text(html, encoding="utf-8", errors="replace")
-    temporary.replace(path)
-    return path
+    return sheet.write(run, page)
 
 
-def headline(summary: dict[str, Any]) -> str:
+def _rows(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    found = summary.get("figures")
+    return {k: v for k, v in found.items() if isinstance(v, dict)} if isinstance(found, dict) else {}
+
+
+def _list(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _tables(summary: Mapping[str, Any], figures: Mapping[str, Mapping[str, Any]]) -> list[Table]:
+    if not figures:
+        return []
+    columns = list(dict.fromkeys(name for row in figures.values() for name in row))
+    metric, samples = summary.get("metric", "the Fréchet distance"), summary.get("samples", 0)
+    note = (
+        '"text" is made from the captions\' embeddings, "image" from those of the test images; "rebuilt" is the test '
+        f"images through the tokenizer and back. fd_k is {metric} after a blur of k pixels, {samples} images a row."
+    )
+    rows = [(name, [_cell(row.get(c)) for c in columns]) for name, row in figures.items()]
+    return [Table("Figures", note, ["set", *columns], rows)]
+
+
+def _facts(run: RunFiles) -> list[str]:
+    """What was done, in a few short pieces."""
+    found = [f"preset {run.config['preset']}"] if isinstance(run.config.get("preset"), str) else []
+    for name, what in (("images", "training images"), ("updates", "updates"), ("images_seen", "images seen")):
+        if number(run.summary.get(name)) is not None:
+            found.append(f"{show(run.summary[name])} {what}")
+    return found
+
+
+def headline(summary: Mapping[str, Any]) -> str:
     """What a finished run has reached, in a sentence or two."""
     if not summary:
         return "This run is not finished."
     parts = []
-    seen = (summary.get("figures") or {}).get("seen/text", {})
-    if "caption_agreement" in seen:
-        parts.append(f"{seen['caption_agreement']:.1%} of images made from text show their caption")
-    if "text_of_image" in summary:
-        parts.append(f"{summary['text_of_image']:.0%} of what image embeddings reach")
-    if "held_out_of_seen" in summary:
-        parts.append(f"held-out combinations reach {summary['held_out_of_seen']:.0%} of seen ones")
-    if "gap" in summary:
-        parts.append(f"the modality gap costs {summary['gap']:.2f} points of CLIP score")
-    if "codebook_use" in summary:
-        parts.append(f"{summary['codebook_use']:.0%} of the codes are in use")
+    agreement = number(_rows(summary).get("seen/text", {}).get("caption_agreement"))
+    if agreement is not None:
+        parts.append(f"{agreement:.1%} of images made from text show their caption")
+    for name, text in (
+        ("text_of_image", "{:.0%} of what image embeddings reach"),
+        ("held_out_of_seen", "held-out combinations reach {:.0%} of seen ones"),
+        ("gap", "the modality gap costs {:.2f} points of CLIP score"),
+        ("codebook_use", "{:.0%} of the codes are in use"),
+    ):
+        value = number(summary.get(name))
+        if value is not None:
+            parts.append(text.format(value))
     text = ", ".join(parts) or "the model is trained; without captioned test images there are no figures"
     return text[0].upper() + text[1:] + "."
 
 
-def _charts(lines: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    found = []
-    for name in CHARTS:
-        series = [(r["step"], r[name]) for r in lines if math.isfinite(r.get(name, math.nan))]
-        if len(series) < 2:
-            continue
-        steps, values = zip(*series, strict=True)
-        low, high = min(values), max(values)
-        width, height = max(steps[-1] - steps[0], 1), (high - low) or 1.0
-        points = (f"{100 * (s - steps[0]) / width:.2f},{98 - 96 * (v - low) / height:.2f}" for s, v in series)
-        found.append({
-            "name": name, "points": " ".join(points), "start": f"{steps[0]:,}", "end": f"{steps[-1]:,}",
-            "first": show(values[0]), "last": show(values[-1]),
-        })  # fmt: skip
-    return found
-
-
 def _cell(value: Any) -> str:
-    return "–" if value is None else f"{value:.3f}"
-
-
-def _picture(path: Path) -> str:
-    try:
-        return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
-    except OSError:
-        return ""
-
-
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    found = number(value)
+    return "–" if found is None else f"{found:.3f}"

@@ -82,11 +82,12 @@ def page(run: RunFiles) -> Page:
 
 def render(page: Page) -> str:
     """The page as HTML. Everything that comes from files is escaped."""
-    return str(_template().render(page=page))
+    return str(template("page.html.jinja").render(page=page))
 
 
 @cache
-def _template() -> Any:
+def template(name: str) -> Any:
+    """One of this folder's templates."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -96,4 +97,4 @@ def _template() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("page.html.jinja")
+    return environment.get_template(name)

@@ -211,10 +211,10 @@ class _Steps:
         return self.batches(step)
 
 
-def check_source(source: Source, captions: int, contrast: bool) -> None:
-    """Raises InputError if contrast by captions is impossible, or an epoch has fewer captions than a batch."""
-    if contrast and source.captions < 2:
-        raise InputError("the data has images of one caption only: contrast needs at least two different ones")
+def check_source(source: Source, captions: int, apart: bool) -> None:
+    """Raises InputError if captions cannot be told apart, or an epoch has fewer captions than a batch."""
+    if apart and source.captions < 2:
+        raise InputError("the data has images of one caption only: there must be at least two different ones")
     if source.count < captions:
         raise InputError(
             f"the data has {source.count} captions (or groups of images), fewer than --captions-per-batch {captions}: "

@@ -18,10 +18,10 @@ from dmd.data import images, shapes
 from dmd.data.images import ImageSet, to_float
 from dmd.errors import InputError
 from dmd.online import Online
-from dmd.represent import augment, backbones, features, heads, learners, probe, sets, sources, text
+from dmd.represent import augment, backbones, features, heads, learners, probe, run_report, sets, sources, text
 from dmd.represent.backbones import Backbone, BackboneConfig
 from dmd.represent.batches import CropBatches, Prefetched, ViewBatches, check_source
-from dmd.represent.config import WITH_CAPTIONS, WITH_TEXT, Config
+from dmd.represent.config import WITH_CAPTIONS, WITH_TEXT, Config, crops_of_image
 from dmd.represent.learners import Attraction, Classifying, Learner, Pace, Practice, Reading, Slow, Student, Synclr
 from dmd.represent.sources import Fresh, Labelled, Source, Stored
 from dmd.represent.text import TextConfig, TextNet
@@ -29,7 +29,7 @@ from dmd.run import Cadence, Run, Stopped, clip_and_check
 from dmd.shards import Spec
 from dmd.teachers import miniature
 
-INPUTS, BACKBONE, TEXT, SUMMARY = "inputs.json", "backbone", "text", "summary.json"
+INPUTS, BACKBONE, TEXT, SUMMARY, ELAPSED = "inputs.json", "backbone", "text", "summary.json", "elapsed.json"
 VIEWS = "samples/views.png"
 SHOWN = 8  # captions in samples/views.png
 WORDS = 4000  # of captions that a tokenizer knows whole; it reads others by letters
@@ -65,7 +65,7 @@ class Chain:
 
     def run(self) -> None:
         """All that is not done yet. Raises `Stopped` if it was told to stop before the end."""
-        started = time.monotonic()
+        watch = log.Stopwatch(self.folder / ELAPSED)
         place, config = self.place, self.config
         environment = build.environment(place)
         place.first(lambda: checkpoint.write_json(self.folder / "environment.json", environment))
@@ -89,7 +89,7 @@ class Chain:
             ),
             place.accelerator,
             title=config.method,
-            sinks=build.sinks(cast(Any, config), self.folder),
+            sinks=lambda step: [*build.sinks(cast(Any, config), self.folder)(step), watch],
         )
         progress = run.train()
         self.seconds["training"] = progress.seconds
@@ -98,7 +98,7 @@ class Chain:
         learnt = task.teacher.backbone if isinstance(task, Synclr) else task.backbone
         if place.main:
             self._export(task, learnt)
-            self._conclude(learnt, time.monotonic() - started)
+            self._conclude(learnt, watch)
         place.accelerator.wait_for_everyone()
 
     @property
@@ -349,24 +349,29 @@ class Chain:
         if self.config.method in WITH_TEXT:
             text.save(task.terms["text"].net, self.tokenizer, self.folder / TEXT)
         print(f"backbone: {self.folder / BACKBONE}")
+        if self.config.backbone.small_stem:
+            print("note: timm knows no small stems, so this one is for dmd.represent.backbones.load_backbone")
 
     def _judged(self, name: str) -> tuple[sets.LabelledSet, sets.LabelledSet]:
         """The real images that the backbone is probed on."""
         train, test = (sets.check(sets.read(name, part)) for part in ("train", "test"))
+        sets.require_apart({"the training part of --probe": train, "the test part of --probe": test})
         sets.aligned(test, train, "test")
+        for part in (train, test) if self.config.backbone.channels == 1 else ():
+            features.require_grey(part.source)
         return train, test
 
-    def _conclude(self, learnt: Backbone, wall: float) -> None:
+    def _conclude(self, learnt: Backbone, watch: log.Stopwatch) -> None:
         """Probe the backbone, and write summary.json."""
-        d, m = self.config.data, self.config.learn
+        d, views = self.config.data, crops_of_image(self.config)
         assert self.source is not None  # by `run`
         seen = self.steps * d.captions_per_batch * d.per_caption
         summary: dict[str, Any] = {
             "preset": self.config.preset, "method": self.config.method, "updates": self.steps, "images_seen": seen,
-            "views_seen": seen * m.crops, "captions": self.source.captions,
+            "views_seen": seen * views, "captions": self.source.captions,
             "backbone": self.config.backbone.backbone, "features": learnt.features,
             "parameters": sum(p.numel() for p in learnt.parameters()), "seconds": self.seconds,
-            "images_per_second": seen * m.crops / max(self.seconds["training"], 1e-9),
+            "views_per_second": seen * views / max(self.seconds["training"], 1e-9),
             "final": _last_figures(self.folder / "metrics.jsonl"),
         }  # fmt: skip
         if self.judged is not None:
@@ -376,9 +381,10 @@ class Chain:
             summary["probe"] = {"set": self.config.probe.probe, "figures": found}
             for name, figure in found.items():
                 print(f"{name:10} {figure['value']:.4g}")
-        summary["wall_seconds"] = wall + self.seconds.get("probe", 0.0)
+        summary["wall_seconds"] = watch.seconds
+        watch.keep()
         checkpoint.write_json(self.folder / SUMMARY, summary)
-        print(f"summary: {self.folder / SUMMARY}")
+        print(f"report: {run_report.write(self.folder)}")
 
     def _texts(self) -> text.Text | None:
         if self.config.method not in WITH_TEXT:

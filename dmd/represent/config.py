@@ -18,8 +18,8 @@ METHODS = {
     "supervised": "classes are told apart; of captioned images, each caption is a class",
 }
 WITH_TEXT = ("stablerep-plus", "clip")
-WITH_CAPTIONS = ("stablerep", "stablerep-plus", "synclr", "clip")
-"""Methods that contrast by captions, and so need more than one."""
+WITH_CAPTIONS = ("stablerep", "stablerep-plus", "synclr", "clip", "supervised")
+"""Methods that tell captions or classes apart, and so need more than one."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,8 @@ class LearnOptions:
     head_width: int = 128
     """Numbers in a contrasted feature."""
     crops: int = 2
-    """Crops of an image that are views of it: 2 in simclr; 1 in the others unless said otherwise."""
+    """Crops of an image that are views of it: 2 in simclr; 1 in the others unless said otherwise. See --local-crops for
+    synclr."""
     image_weight: float = 1.0
     text_weight: float = 1.0
     """Of the two terms of stablerep-plus."""
@@ -208,6 +209,11 @@ def views(config: Config) -> int:
     return config.data.per_caption * config.learn.crops
 
 
+def crops_of_image(config: Config) -> int:
+    """Crops of an image that the networks see in a step; of synclr one whole one and the small ones."""
+    return 1 + config.augment.local_crops if config.method == "synclr" else config.learn.crops
+
+
 def check(config: Config) -> None:
     """Raises InputError for values out of range or that do not go together."""
     d, b, a, m = config.data, config.backbone, config.augment, config.learn
@@ -277,6 +283,8 @@ def check(config: Config) -> None:
         raise InputError(f"--per-caption {d.per_caption} with --crops {m.crops} makes too many views: at most 256")
     if config.method == "synclr" and d.per_caption < 2:
         raise InputError(f"--per-caption is {d.per_caption}: synclr needs at least 2 images of a caption")
+    if config.method == "synclr" and m.crops != 1:
+        raise InputError(f"--crops is {m.crops}: synclr has one whole crop of an image, and --local-crops small ones")
     if b.patch_size is not None:
         for flag, size in {"--image-size": b.image_size, "--local-size": a.local_size}.items():
             if size % b.patch_size and (flag == "--image-size" or config.method == "synclr"):
@@ -297,7 +305,7 @@ STRONG = AugmentOptions(
     crop_scale=(0.08, 1.0), jitter_probability=0.8, grey=0.2, blur=0.5, flip=True, local_size=96,
 )  # fmt: skip
 """StableRep's augmentation."""
-SYNCLR = replace(STRONG, crop_scale=(0.32, 1.0), jitter=(0.4, 0.4, 0.2, 0.1))
+SYNCLR = replace(STRONG, crop_scale=(0.32, 1.0), jitter=(0.4, 0.4, 0.2, 0.1), downsample=0.05)
 
 PRESETS: dict[str, str] = {
     "shapes": "on the CPU: the shipped student draws captioned shapes, a small ResNet learns, real drawings judge",
@@ -398,7 +406,7 @@ def _gpu(method: str) -> Config:
             epochs=0.0,
             max_train_steps=50_000,
             learning_rate=2e-4 * 1024 / 256,
-            chunk=0 if method == "synclr" else 256,
+            chunk=256,
         ),
         teacher=replace(paper.teacher, prototypes=8192),
         run=replace(paper.run, checkpointing_steps=1000),

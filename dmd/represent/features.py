@@ -137,11 +137,23 @@ def _channels(prepare: Prepare, channels: int, name: str) -> Prepare:
         return prepare
 
     def grey(image: Pixels) -> NDArray[np.float32]:
-        if image.shape[2] == 3 and not (image == image[..., :1]).all():
+        if in_colour(image):
             raise InputError(f"an image is in colour, but {name} takes grey ones: probe it with grey images")
         return prepare(image)[:1]
 
     return grey
+
+
+def in_colour(image: Pixels) -> bool:
+    """Whether the channels of an image (H, W, C) differ anywhere."""
+    return bool((image != image[..., :1]).any())
+
+
+def require_grey(source: Source, first: int = 64) -> None:
+    """Raises InputError if one of the first images of a set is in colour, for networks that take grey ones: a sign
+    before the work, where all images would take as long as the work."""
+    if any(in_colour(image) for image in next(iter(source.batches(first)), [])):
+        raise InputError(f"{source.name} has images in colour, but the backbone takes grey ones: give --channels 3")
 
 
 def _require_size(extractor: Extractor, size: int) -> None:

@@ -148,7 +148,10 @@ class Reading(nn.Module):
         scale = self.net.logit_scale.exp()
         of_images = batch.texts.repeat(batch.views)
         found = losses.image_text(images, texts, of_images, batch.texts, scale)
-        return {"loss/text": found.loss, "text/excess": found.excess, "text/scale": scale.detach()}
+        return {
+            "loss/text": found.loss, "text/excess": found.excess, "text/dropped": found.dropped,
+            "text/scale": scale.detach(),
+        }  # fmt: skip
 
     def after(self) -> None:
         self.net.clamp_scale()
@@ -341,7 +344,7 @@ class Synclr:
                 self._queries(local), keys, batch.labels.repeat(repeats), batch.labels, self.slow.temperature,
                 self.slow.hide_own,
             )  # fmt: skip
-            figures["loss/local"] = small.loss
+            figures |= {"loss/local": small.loss, "local/excess": small.excess, "local/dropped": small.dropped}
             finishes.append(finish)
         if self.slow.ibot_weight:
             with self._autocast(batch.images.device):

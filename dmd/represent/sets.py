@@ -6,7 +6,7 @@ without parts of its own (digits, Caltech101, ...), its parts are drawn here by 
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -300,7 +300,7 @@ def _torchvision(rest: str, part: Part, show: bool) -> LabelledSet:
             f"{', '.join(TORCHVISION)} and the folder that torchvision keeps it in"
         )
     known = TORCHVISION[name]
-    if known.parts and part not in known.parts:
+    if part not in (known.parts or ("train", "test")):
         raise InputError(f"{name} has no part {part!r}: leave out --val, and it is drawn from the training images")
     try:
         found = getattr(datasets, name)(folder, download=False, **known.parts.get(part, {}))
@@ -387,6 +387,17 @@ def check(found: LabelledSet) -> LabelledSet:
             "a probe tells classes apart, so give at least two"
         )
     return found
+
+
+def require_apart(parts: Mapping[str, LabelledSet]) -> None:
+    """Raises InputError if two parts, by what they were asked for with, have the same images."""
+    seen: dict[str, str] = {}
+    for flag, part in parts.items():
+        first = seen.setdefault(part.source.digest(), flag)
+        if first != flag:
+            raise InputError(
+                f"{flag} has the same images as {first}, {part.source.name}: give others, or a set that has parts"
+            )
 
 
 def aligned(other: LabelledSet, train: LabelledSet, role: str) -> Tensor:

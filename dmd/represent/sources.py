@@ -41,7 +41,8 @@ class Source(Protocol):
 
     Attributes:
         count: captions (or groups of images of a class) in an epoch.
-        captions: how many different ones there are, at least.
+        captions: how many different ones there are, at least; where classes are asked for, how many, and labels are
+            below it.
         digest: names the content.
     """
 
@@ -224,7 +225,7 @@ def _with_channels(image: Tensor, channels: int) -> Tensor:
 
 class Labelled:
     """Images with classes for captions. An epoch holds every image once, in groups of m of one class; what is left of
-    a class is left out.
+    a class is left out, and so are classes of fewer images. Labels number the classes that are left.
 
     Args:
         data: images and labels.
@@ -240,7 +241,9 @@ class Labelled:
         self._members = [(data.labels == c).nonzero()[:, 0] for c in range(len(data.classes))]
         self._epoch = Recent(self._groups, 2)
         self.count = sum(len(m) // per_caption for m in self._members)
-        self.captions = sum(len(m) >= per_caption for m in self._members)
+        left = torch.tensor([len(m) >= per_caption for m in self._members])
+        self.captions = int(left.sum())
+        self._number = left.cumsum(0) - 1
         self.digest = data.digest()
         if not self.count:
             most = max(len(m) for m in self._members)
@@ -259,8 +262,9 @@ class Labelled:
 
     def draw(self, step: int, place: Tensor) -> Drawn:
         rows = torch.stack([self._epoch(p // self.count)[p % self.count] for p in place.tolist()])
-        labels = self.data.labels[rows[:, 0]]
-        return Drawn(list(self.data.images[rows.flatten()]), labels, [self.data.classes[i] for i in labels.tolist()])
+        classes = self.data.labels[rows[:, 0]]
+        captions = [self.data.classes[c] for c in classes.tolist()]
+        return Drawn(list(self.data.images[rows.flatten()]), self._number[classes], captions)
 
 
 # ----------------------------------------------------------------------------- made while they are looked at

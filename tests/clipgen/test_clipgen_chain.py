@@ -1,8 +1,11 @@
 """`dmd clipgen` from end to end, at a size for seconds: no caption is read, all resumes, and bad input is refused."""
 
 import json
+import os
 import sys
+import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import little
 import numpy as np
@@ -13,7 +16,7 @@ from PIL import Image
 
 from dmd.build import Workplace
 from dmd.cli import clipgen as cli
-from dmd.cli import parts
+from dmd.cli import flags, parts
 from dmd.clipgen import chain as chains
 from dmd.clipgen import clip as clips
 from dmd.clipgen import model, world
@@ -25,6 +28,7 @@ from dmd.clipgen.networks import ConvSizes
 from dmd.clipgen.sampling import Sampler
 from dmd.data import captioned, prompts, shapes
 from dmd.errors import InputError
+from dmd.plots import show
 from dmd.settings import to_json
 from dmd.teachers import miniature
 
@@ -99,6 +103,9 @@ def test_the_run_directory_is_like_that_of_other_commands(run):
     assert json.loads((folder / "environment.json").read_text())["torch"] == torch.__version__
     assert read(folder / "config.json").data.size == 16
     assert "CLIP-GEN" in (folder / "report.html").read_text()
+    taught = (folder / "stages" / "tokenizer" / "metrics.jsonl").read_text()
+    use = json.loads(taught.splitlines()[-1])["codebook/use"]
+    assert f"use {show(use)}" in (folder / "report.html").read_text()  # a chart of the tokenizer's own training
     (folder / "report.html").unlink()
     parts.report([str(folder)], "dmd report")
     assert "CLIP-GEN" in (folder / "report.html").read_text()
@@ -172,6 +179,8 @@ def test_an_embedding_of_a_text_needs_a_mean_where_the_model_centres(run):
         bare.text_conditions(torch.zeros(1, 8))
     texts = ["a red circle in the centre on a blue background", "a small pink star at the top on a green background"]
     centred = bare.with_texts(texts)
+    with pytest.raises(InputError, match="subtracts no mean embeddings: leave out --centre-prompts"):
+        replace(whole, gap=replace(whole.gap, image_mean=torch.zeros(8))).with_texts(texts)
     assert centred.text_conditions(centred.clip.texts(texts)).sum(0).abs().max() < 1e-5
 
 
@@ -201,6 +210,71 @@ def test_the_gaps_remedies(gap, centred, noise, small_clip, rng):
     assert (found.image(e).mean(0).norm() < 0.3) == centred
 
 
+EMOJI = [*TINY, "--groups", "1", "--blocks", "1", "--mixed-precision", "no", "--discriminator-width", "4"]
+"""The preset `emoji` at a size for seconds; its losses, options and evaluation stay."""
+TRUNK = Path(os.environ.get("DMD_TEST_DATA", "")) / "lpips" / "alexnet_features.safetensors"
+
+
+def test_one_stage_of_a_preset_asks_for_nothing_that_it_does_not_read(tmp_path, pictures, monkeypatch, capsys):
+    """`dmd clipgen teach-tokenizer emoji --data DIR`, where the preset's other folders are not."""
+    monkeypatch.chdir(tmp_path)
+    argv = ["--data", str(pictures), "--cache-dir", str(tmp_path / "cache"), *EMOJI, "--perceptual", "l2"]
+    cli.main(["teach-tokenizer", "emoji", *argv])
+    cli.main(["teach-tokenizer", *argv])  # nor does another preset ask for a CLIP
+    first, second = (line.removeprefix("tokenizer: ") for line in capsys.readouterr().out.splitlines()[-2:])
+    assert tokenizers.load(first, torch.device("cpu")).config.codes == 16 and first != second
+    with pytest.raises(SystemExit):
+        cli.main(["train", "emoji", *argv])
+    assert "--test data/emoji64/test has no metadata.jsonl" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["teach-clip", *argv])
+    assert "a small CLIP needs captioned images" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not TRUNK.is_file(), reason="needs LPIPS' AlexNet in $DMD_TEST_DATA/lpips")
+def test_real_pictures_with_a_clip_of_others(tmp_path, pictures, capsys):
+    """`dmd clipgen train emoji` with transformers' CLIP, LPIPS, a discriminator and the embedding loss; the model keeps
+    the mean of the texts that it was given, so that sampling needs no captions."""
+    words = tmp_path / "words"
+    little.pretrained_clip(tmp_path / "clip", words, miniature.write_tokenizer(shapes.words(), 8, words))
+    (tmp_path / "test").mkdir()
+    lines = []
+    for i in range(12):
+        name = f"{i:02d}.png"
+        (tmp_path / "test" / name).write_bytes((pictures / name).read_bytes())
+        lines.append(json.dumps({"file_name": name, "text": f"a {'red' if i % 2 else 'blue'} circle"}))
+    (tmp_path / "test" / "metadata.jsonl").write_text("\n".join(lines))
+    others = tmp_path / "others.txt"
+    others.write_text("a green star\na pink ring\na small square\n")
+    argv = [
+        "train", "emoji", "--data", str(pictures), "--test", str(tmp_path / "test"), "--clip", str(tmp_path / "clip"),
+        "--centre-prompts", str(others), *EMOJI, "--lpips-weights", str(TRUNK), "--adversarial", "0.8",
+        "--adversarial-from", "1", "--embedding-weight", "0.5", "--candidates", "2", "--final-samples", "16",
+        "--cache-dir", str(tmp_path / "cache"), "--output-dir", str(tmp_path / "run"),
+    ]  # fmt: skip
+    cli.main(argv)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["metric"] == "FD-CLIP-clip" and summary["figures"].keys() >= {"test/text", "test/image"}
+    (taught,) = (tmp_path / "cache" / "clipgen" / "tokenizer").glob("*/metrics.jsonl")
+    last = json.loads(taught.read_text().splitlines()[-1])
+    assert last["loss/discriminator"] > 0 and last["health/adaptive_weight"] > 0 and last["loss/perceptual"] > 0
+    trained = model.load(tmp_path / "run" / "model", torch.device("cpu"))
+    expected = trained.clip.texts(others.read_text().splitlines()).mean(0)
+    torch.testing.assert_close(trained.gap.text_mean, expected, rtol=1e-4, atol=1e-6)
+    out = [
+        "--model",
+        str(tmp_path / "run" / "model"),
+        "--seeds",
+        "0",
+        "--out",
+        str(tmp_path / "out"),
+        "--device",
+        "cpu",
+    ]
+    cli.main(["sample", "a red circle", *out])
+    assert "1 images in" in capsys.readouterr().out
+
+
 def test_unused_codes_are_warned_of(tmp_path, small_clip):
     """Images of one colour need one code."""
     for i in range(3):
@@ -210,6 +284,15 @@ def test_unused_codes_are_warned_of(tmp_path, small_clip):
     chain = Chain(config, Workplace(Accelerator(cpu=True), None), tmp_path)
     with pytest.warns(UserWarning, match=r"use only \d+% of the tokenizer.s 16 codes: teach one with fewer --codes"):
         chain.tokens(little.tokenizer(), clips.load(small_clip, torch.device("cpu")))
+
+
+def test_our_warnings_are_one_sentence_and_those_of_libraries_as_they_are(monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # which a command replaces
+    flags.guarded(lambda: None)
+    assert warnings.formatwarning("few\n  codes", UserWarning, chains.__file__, 1) == "warning: few codes\n"
+    assert warnings.formatwarning("theirs", UserWarning, torch.__file__, 1).startswith(
+        f"{torch.__file__}:1: UserWarning"
+    )
 
 
 def test_sampling_writes_the_same_images_whatever_the_batch(run, tmp_path, pictures):
@@ -246,6 +329,7 @@ def test_of_several_candidates_the_nearest_is_kept(run):
         (["train", "--gap", "wide"], "gap"),
         (["train", "--data", "somewhere"], "a small CLIP needs captioned images"),
         (["train", "--data", "nowhere", "--clip", "y"], "nowhere does not exist"),
+        (["train", "--centre-prompts", "nowhere"], "--centre-prompts nowhere does not exist"),
         (["train", "--test", "nowhere"], "--test nowhere has no metadata.jsonl"),
         (["train", "--top-p", "0"], "--top-p is 0.0: it must be above 0"),
         (["sample", "--seeds", "x", "a red circle"], "--seeds is 'x'"),

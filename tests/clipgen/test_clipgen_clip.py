@@ -31,17 +31,8 @@ def words(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory, words):
     """A folder as on the hub: a tiny CLIPModel, its tokenizer, and a mean and deviation of its own."""
-    from transformers import CLIPConfig, CLIPModel
-
     folder, (source, count) = tmp_path_factory.mktemp("clip"), words
-    common = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = common | {"vocab_size": count, "max_position_embeddings": 8, "bos_token_id": count - 2}
-    text |= {"eos_token_id": count - 1, "pad_token_id": count - 1}
-    vision = common | {"image_size": 24, "patch_size": 8}
-    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)
-    little.seeded(lambda: CLIPModel(config)).save_pretrained(folder)
-    for file in source.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
+    little.pretrained_clip(folder, source, count)
     preprocessing = {
         "image_processor_type": "CLIPImageProcessor", "image_mean": MEAN, "image_std": STD, "do_resize": True,
         "size": {"shortest_edge": 24}, "do_center_crop": True, "crop_size": {"height": 24, "width": 24},

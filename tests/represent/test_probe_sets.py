@@ -138,6 +138,23 @@ def test_a_torchvision_data_set(cifar, monkeypatch):
     assert part.labels.tolist() == [0, 1] and (next(part.batches(2))[0] == ours[3]).all()
 
 
+def test_a_set_that_comes_whole_has_a_training_and_a_test_part_only(tmp_path):
+    for i, name in enumerate(("Forest", "River")):
+        for k in range(8):
+            png(tmp_path / "eurosat" / "2750" / name / f"{k}.png", 100 * i + k)
+    train, test = (sets.read(f"torchvision:EuroSAT:{tmp_path}", part) for part in ("train", "test"))
+    assert sorted(levels(train) + levels(test)) == [*range(8), *range(100, 108)] and len(test) == 4
+    with pytest.raises(InputError, match="EuroSAT has no part 'val': leave out --val"):
+        sets.read(f"torchvision:EuroSAT:{tmp_path}", "val")
+
+
+def test_parts_with_the_same_images_are_refused_whichever_they_are(tmp_path):
+    one, other = (sets.read(npz(tmp_path / f"{n}.npz", n, [0, 1] * (n // 2)), "train") for n in (4, 6))
+    sets.require_apart({"--train": one, "--test": other})
+    with pytest.raises(InputError, match="--test has the same images as --val, .*6.npz"):
+        sets.require_apart({"--train": one, "--val": other, "--test": other})
+
+
 def npz(path, count=4, labels=None):
     pixels = np.arange(count * 48, dtype=np.uint8).reshape(count, 4, 4, 3)
     np.savez(path, images=pixels, **({} if labels is None else {"labels": np.asarray(labels)}))

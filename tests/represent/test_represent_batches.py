@@ -157,6 +157,17 @@ def test_an_epoch_of_a_labelled_set_has_every_image_once():
         Labelled(data, 14, seed=0)
 
 
+def test_absent_and_small_classes_leave_no_hole_in_the_labels():
+    """A classifier has an output for each class that is drawn, and no other."""
+    labels = torch.tensor([1, 1, 1, 3, 4, 4])
+    pixels = (10 * labels).reshape(-1, 1, 1, 1).expand(-1, 1, 4, 4).to(torch.uint8)
+    source = Labelled(ImageSet(pixels, labels, tuple("abcde")), 2, seed=0)
+    drawn = source.draw(0, torch.arange(source.count))
+    assert source.captions == 2
+    assert sorted(zip(drawn.labels.tolist(), drawn.captions, strict=True)) == [(0, "b"), (1, "e")]
+    assert {int(image[0, 0, 0]) for image in drawn.images} == {10, 40}
+
+
 def test_fresh_images_are_those_of_online():
     def build():
         return lambda captions, numbers, epoch: (numbers[:, None, None, None] % 97 / 48.5 - 1).expand(-1, 3, 6, 6)

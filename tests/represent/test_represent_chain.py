@@ -1,17 +1,21 @@
 """`dmd represent` from end to end, at a size for seconds: all methods, export, resume, and bad input in a sentence."""
 
+import base64
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import timm
 import torch
 from PIL import Image
 
+from dmd.cli import parts
 from dmd.cli import represent as cli
 from dmd.data import shapes
 from dmd.errors import InputError
 from dmd.log import read_jsonl
+from dmd.plots import show
 from dmd.represent import chain as chains
 from dmd.represent import config as options
 from dmd.represent.backbones import load_backbone
@@ -56,7 +60,10 @@ def run(method, folder, pictures, *more, size=("--image-size", "16")):
 def test_every_method_leaves_a_backbone_that_timm_loads(tmp_path, pictures, method):
     folder = run(method, tmp_path / "run", pictures)
     summary = json.loads((folder / "summary.json").read_text())
-    assert summary["method"] == method and summary["updates"] == 3 and summary["images_seen"] > 0
+    images = 8 if method in ("simclr", "clip", "supervised") else 16
+    assert summary["method"] == method and summary["updates"] == 3 and summary["images_seen"] == 3 * images
+    crops = {"simclr": 2, "synclr": 3}.get(method, 1)  # of synclr, one whole and two small ones
+    assert summary["views_seen"] == 3 * images * crops
     rows = read_jsonl(folder / "metrics.jsonl")
     assert [r["step"] for r in rows] == [1, 2, 3] and all(v == v for r in rows for v in r.values())
     net = load_backbone(folder / "backbone")
@@ -100,7 +107,9 @@ def test_stopping_and_going_on_gives_the_same_backbone(tmp_path, pictures, metho
     for _ in range(2):
         run(method, tmp_path / "parts", pictures, *more)
         assert not (tmp_path / "parts" / "backbone").exists()
+    (tmp_path / "parts" / "elapsed.json").write_text('{"seconds": 1000}')  # of the starts before
     run(method, tmp_path / "parts", pictures, *more)
+    assert 1000 < json.loads((tmp_path / "parts" / "summary.json").read_text())["wall_seconds"] < 1100
     again = load_backbone(tmp_path / "parts" / "backbone").state_dict()
     assert whole.keys() == again.keys() and all(torch.equal(whole[k], again[k]) for k in whole)
     seen = [{k: v for k, v in r.items() if k != "seconds"} for r in read_jsonl(tmp_path / "parts" / "metrics.jsonl")]
@@ -202,6 +211,18 @@ def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, pictures):
     refused("leaves every image without another", "stablerep", "--per-caption", "1")
     refused("there is no labelled set 'nowhere'", "stablerep", "--probe", "nowhere")
     refused("--temperature is 0", "simclr", "--temperature", "0")
+    refused("images of one caption only", "supervised", data=alone)
+    refused("--crops is 2: synclr has one whole crop of an image", "synclr", "--crops", "2")
+    generator = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        for folder in (tmp_path / "classes" / name, *(tmp_path / "parts" / part / name for part in ("train", "test"))):
+            folder.mkdir(parents=True)
+            for i in range(4):
+                Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    refused("the test part of --probe has the same images as the training part of --probe", "stablerep", "--probe",
+            str(tmp_path / "classes"))  # fmt: skip
+    refused("parts/train has images in colour, but the backbone takes grey ones", "stablerep", "--channels", "1",
+            "--probe", str(tmp_path / "parts"), data="digits")  # fmt: skip
     refused("--crop-scale is 0.5 0.2", "simclr", "--crop-scale", "0.5", "0.2")
     refused("there is no method 'dino'", "dino")
     argv = ["stablerep", *TINY, "--output-dir", str(out)]
@@ -250,10 +271,28 @@ def test_captions_of_shapes_are_different_and_begin_alike():
     assert all(shapes.caption(shapes.parse(c)) == c for c in few)
 
 
-def test_its_runs_have_no_report(tmp_path, capsys):
-    from dmd.cli import parts
-
-    (tmp_path / "config.json").write_text(json.dumps(to_json(preset("stablerep"))))
-    with pytest.raises(SystemExit) as stop:
-        parts.report([str(tmp_path)], "dmd report")
-    assert stop.value.code == 2 and "is a run of dmd represent, which writes no report" in capsys.readouterr().err
+def test_the_report_shows_what_the_files_hold(tmp_path, pictures):
+    folder = run("stablerep-plus", tmp_path / "run", pictures)
+    whole = (folder / "report.html").read_text()
+    rows = read_jsonl(folder / "metrics.jsonl")
+    for text in (
+        "without --probe there are no figures", "preset shapes", "Contrast of images and texts", "Views",
+        f"loss {show(rows[-1]['loss/text'])}", f"excess {show(rows[-1]['excess'])}", "images and texts 0",
+    ):  # fmt: skip
+        assert text in whole, text
+    assert base64.b64encode((folder / "samples" / "views.png").read_bytes()).decode() in whole
+    assert "Small crops" not in whole and "Probe" not in whole  # sections of what is not there
+    summary = json.loads((folder / "summary.json").read_text())
+    figures = {
+        "kNN-20": {"value": 0.25, "low": 0.2, "high": 0.3},
+        "<linear>": {"value": 0.5, "low": None, "high": None},
+    }
+    summary["probe"] = {"set": "shapes", "figures": figures}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    parts.report([str(folder)], "dmd report")
+    again = (folder / "report.html").read_text()
+    assert "classify shapes: 25.0% by kNN-20" in again and "0.2 to 0.3" in again and "&lt;linear&gt;" in again
+    (folder / "summary.json").unlink()
+    (folder / "metrics.jsonl").write_text("no JSON")
+    parts.report([str(folder)], "dmd report")
+    assert "is not finished: it has reached step 0 of 3" in (folder / "report.html").read_text()
