@@ -106,6 +106,10 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.images)
 
+    def pick(self, index: Tensor) -> list[Tensor]:
+        """Images (C, H, W) at places (M,)."""
+        return list(self.images[index])
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of every image."""
@@ -216,6 +220,12 @@ def _read(path: Path, split: str, size: int | None) -> _Raw:
     if any(file.suffix.lower() in SUFFIXES for folder in _folders(path) for file in folder.iterdir()):
         return _read_folder(path, [folder.name for folder in _folders(path)], size)
     raise InputError(f"folder {path} has no known layout: it must hold {LAYOUTS}")
+
+
+def is_packed(path: Path) -> bool:
+    """Whether a folder holds arrays, which are read whole, and not image files."""
+    packed = [path / f"{split}.npz" for split in SPLITS] + [path / CIFAR10_FOLDER, path / FASHION_FOLDER]
+    return any(file.exists() for file in packed)
 
 
 def _existing(path: Path) -> Path:

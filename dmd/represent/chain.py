@@ -23,7 +23,7 @@ from dmd.represent.backbones import Backbone, BackboneConfig
 from dmd.represent.batches import CropBatches, Prefetched, ViewBatches, check_source
 from dmd.represent.config import WITH_CAPTIONS, WITH_TEXT, Config, crops_of_image
 from dmd.represent.learners import Attraction, Classifying, Learner, Pace, Practice, Reading, Slow, Student, Synclr
-from dmd.represent.sources import Fresh, Labelled, Source, Stored
+from dmd.represent.sources import Fresh, Labelled, Listed, Source, Stored
 from dmd.represent.text import TextConfig, TextNet
 from dmd.run import Cadence, Run, Stopped, clip_and_check
 from dmd.shards import Spec
@@ -144,7 +144,10 @@ class Chain:
         path = Path(d.data)
         if path.suffix.lower() == ".tar" or (path.is_dir() and (any(path.glob("*.tar")) or _lists(path))):
             return Stored(path, *self._stored())
-        return Labelled(images.load(path, "train", channels=self.config.backbone.channels), d.per_caption, seed)
+        channels = self.config.backbone.channels
+        if path.is_dir() and not images.is_packed(path):
+            return Labelled(Listed.folder(path, channels, self.config.method == "simclr"), d.per_caption, seed)
+        return Labelled(images.load(path, "train", channels=channels), d.per_caption, seed)
 
     def _checked(self, source: Source) -> Source:
         check_source(source, self.config.data.captions_per_batch, self.config.method in WITH_CAPTIONS)

@@ -152,7 +152,20 @@ def _npz(path: Path, part: Part) -> LabelledSet:
 
 
 def _class_folders(path: Path, part: Part) -> LabelledSet:
-    """CLASS/* at any depth below a class, of a part or of the folder itself; a class has one label in all parts."""
+    files, labels, names = class_files(path, part)
+    entries = tuple(Entry(file, 0, file.stat().st_size, str(file)) for file in files)
+    return _encoded(str(path / part if (path / part).is_dir() else path), entries, labels, names)
+
+
+def class_files(path: Path, part: Part) -> tuple[list[Path], Tensor, tuple[str, ...]]:
+    """CLASS/* at any depth below a class, of a part or of the folder itself; a class has one label in all parts.
+
+    Returns:
+        image files, their labels, and the classes' names.
+
+    Raises:
+        InputError: there is no such folder or part, or it holds no image in a class's folder.
+    """
     if not path.is_dir():
         raise InputError(f"{path} is of no known kind: give {KINDS}")
     roots = [path / name for name in PARTS if (path / name).is_dir()]
@@ -165,8 +178,7 @@ def _class_folders(path: Path, part: Part) -> LabelledSet:
         loose = any(file.suffix.lower() in SUFFIXES for file in root.iterdir())
         why = "holds images without labels" if loose else "holds no image"
         raise InputError(f"{root} {why}: put each class into a folder of its own, or give {KINDS}")
-    entries = tuple(Entry(file, 0, file.stat().st_size, str(file)) for _, file in found)
-    return _encoded(str(root), entries, torch.tensor([label for label, _ in found]), tuple(names))
+    return [file for _, file in found], torch.tensor([label for label, _ in found]), tuple(names)
 
 
 def _folders(path: Path) -> list[Path]:

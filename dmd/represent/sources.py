@@ -7,6 +7,7 @@ exactly, and several processes that share a batch see what one would see.
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -15,9 +16,10 @@ from torch import Tensor
 
 from dmd.data import groups
 from dmd.data.groups import Broken, Group
-from dmd.data.images import ImageSet, to_uint8
+from dmd.data.images import SUFFIXES, read_image, to_uint8
 from dmd.errors import InputError
 from dmd.online import FreshBatch, Online
+from dmd.represent import sets
 from dmd.seeding import Stream, bits
 from dmd.shards import MANIFEST
 
@@ -217,10 +219,77 @@ def _with_channels(image: Tensor, channels: int) -> Tensor:
         return image
     if channels == 3:
         return image.expand(3, -1, -1)
+    if torch.equal(image[:1].expand_as(image), image):
+        return image[:1]
     raise InputError("it is in colour, but --channels is 1")
 
 
 # ----------------------------------------------------------------------------- labelled sets
+
+
+class Pictures(Protocol):
+    """N images with one label each, as `dmd.data.images.ImageSet` has them in memory."""
+
+    @property
+    def labels(self) -> Tensor: ...
+
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+
+    def pick(self, index: Tensor) -> list[Tensor]:
+        """Images (C, H, W) uint8 at places (M,)."""
+
+    def digest(self) -> str:
+        """Names the content."""
+
+
+@dataclass(frozen=True, eq=False)
+class Listed:
+    """Image files of any sizes, which are decoded when they are drawn.
+
+    Attributes:
+        files: N of them.
+        labels: (N,) int64.
+        classes: their names.
+        channels: as of `Stored`.
+    """
+
+    files: tuple[Path, ...]
+    labels: Tensor
+    classes: tuple[str, ...]
+    channels: int
+
+    @classmethod
+    def folder(cls, path: Path, channels: int, alone: bool) -> "Listed":
+        """Class folders, see `dmd.represent.sets.class_files`; their training part where there are parts.
+
+        Args:
+            alone: where images lie in no class's folder, take each for a class of its own.
+
+        Raises:
+            InputError: it holds no image, or no classes.
+        """
+        root = path / "train" if (path / "train").is_dir() else path
+        if alone and any(file.suffix.lower() in SUFFIXES for file in root.iterdir()):
+            files = sorted(file for file in root.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+            return cls(tuple(files), torch.arange(len(files)), tuple(str(f.relative_to(root)) for f in files), channels)
+        found, labels, classes = sets.class_files(path, "train")
+        return cls(tuple(found), labels, classes, channels)
+
+    def pick(self, index: Tensor) -> list[Tensor]:
+        found = []
+        for i in index.tolist():
+            image = torch.from_numpy(read_image(self.files[i], None).copy()).permute(2, 0, 1)
+            try:
+                found.append(_with_channels(image, self.channels))
+            except InputError as error:
+                raise InputError(f"{self.files[i]}: {error}") from None
+        return found
+
+    def digest(self) -> str:
+        """Of names, sizes and labels: enough to see that a resumed run has the same images."""
+        known = [[f.name, f.stat().st_size, c] for f, c in zip(self.files, self.labels.tolist(), strict=True)]
+        return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
 
 class Labelled:
@@ -236,27 +305,25 @@ class Labelled:
         InputError: no class has m images.
     """
 
-    def __init__(self, data: ImageSet, per_caption: int, seed: int):
+    def __init__(self, data: Pictures, per_caption: int, seed: int):
         self.data, self.per_caption, self.seed = data, per_caption, seed
-        self._members = [(data.labels == c).nonzero()[:, 0] for c in range(len(data.classes))]
+        self._sizes = data.labels.bincount(minlength=len(data.classes))
         self._epoch = Recent(self._groups, 2)
-        self.count = sum(len(m) // per_caption for m in self._members)
-        left = torch.tensor([len(m) >= per_caption for m in self._members])
-        self.captions = int(left.sum())
-        self._number = left.cumsum(0) - 1
+        self.count = int((self._sizes // per_caption).sum())
+        self.captions = int((self._sizes >= per_caption).sum())
+        self._number = (self._sizes >= per_caption).cumsum(0) - 1
         self.digest = data.digest()
         if not self.count:
-            most = max(len(m) for m in self._members)
+            most = int(self._sizes.max())
             raise InputError(f"no class has more than {most} images, and --per-caption asks for {per_caption}")
 
     def _groups(self, epoch: int) -> Tensor:
         """Numbers of the images of an epoch, (count, m)."""
-        words = bits(self.seed, Stream.CLASS_ORDER, epoch, torch.arange(len(self.data)), 1)[:, 0]
-        rows = []
-        for members in self._members:
-            mixed = members[words[members].argsort(stable=True)]
-            rows.append(mixed[: len(mixed) // self.per_caption * self.per_caption].reshape(-1, self.per_caption))
-        found = torch.cat(rows)
+        labels, m = self.data.labels, self.per_caption
+        mixed = bits(self.seed, Stream.CLASS_ORDER, epoch, torch.arange(len(labels)), 1)[:, 0].argsort(stable=True)
+        mixed = mixed[labels[mixed].argsort(stable=True)]  # class by class, each in an order of its own
+        turn = torch.arange(len(labels)) - (self._sizes.cumsum(0) - self._sizes)[labels[mixed]]
+        found = mixed[turn < (self._sizes // m * m)[labels[mixed]]].reshape(-1, m)
         order = bits(self.seed, Stream.READ_ORDER, epoch, torch.arange(len(found)), 1)[:, 0].argsort(stable=True)
         return found[order]
 
@@ -264,7 +331,7 @@ class Labelled:
         rows = torch.stack([self._epoch(p // self.count)[p % self.count] for p in place.tolist()])
         classes = self.data.labels[rows[:, 0]]
         captions = [self.data.classes[c] for c in classes.tolist()]
-        return Drawn(list(self.data.images[rows.flatten()]), self._number[classes], captions)
+        return Drawn(self.data.pick(rows.flatten()), self._number[classes], captions)
 
 
 # ----------------------------------------------------------------------------- made while they are looked at

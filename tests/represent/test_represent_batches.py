@@ -18,13 +18,13 @@ from torchvision.transforms import v2
 from dmd import shards
 from dmd.batches import Share
 from dmd.data.groups import ImageGroups
-from dmd.data.images import ImageSet
+from dmd.data.images import ImageSet, read_image
 from dmd.errors import InputError
 from dmd.online import Online
 from dmd.represent import augment, sources
 from dmd.represent.batches import Prefetched, check_source
 from dmd.represent.config import AugmentOptions
-from dmd.represent.sources import Fresh, Labelled, Stored
+from dmd.represent.sources import Fresh, Labelled, Listed, Stored
 from dmd.seeding import Stream, bits
 
 CPU = torch.device("cpu")
@@ -155,6 +155,43 @@ def test_an_epoch_of_a_labelled_set_has_every_image_once():
         assert drawn.captions == ["abcd"[i] for i in drawn.labels]
     with pytest.raises(InputError, match="no class has more than 13 images"):
         Labelled(data, 14, seed=0)
+
+
+def test_class_folders_are_drawn_as_the_same_images_in_memory(tmp_path, monkeypatch):
+    """And decoded only then, whatever their sizes."""
+    data = little.images(20)
+    for i, (image, label) in enumerate(zip(data.images, data.labels.tolist(), strict=True)):
+        folder = tmp_path / "train" / data.classes[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i:02d}.png")
+    order = data.labels.argsort(stable=True)
+    whole = Labelled(ImageSet(data.images[order], data.labels[order], data.classes), 2, seed=4)
+    opened = []
+    monkeypatch.setattr(sources, "read_image", lambda file, size: opened.append(file) or read_image(file, size))
+    listed = Labelled(Listed.folder(tmp_path, 3, False), 2, seed=4)
+    assert not opened and listed.count == whole.count
+    for epoch in range(2):
+        place = epoch * whole.count + torch.arange(whole.count)
+        one, two = whole.draw(0, place), listed.draw(0, place)
+        assert one.captions == two.captions and torch.equal(one.labels, two.labels)
+        assert all(torch.equal(a, b) for a, b in zip(one.images, two.images, strict=True))
+    Image.new("L", (30, 9)).save(tmp_path / "train" / "a" / "grey.png")
+    every = Listed.folder(tmp_path, 3, False)
+    assert {tuple(x.shape) for x in every.pick(torch.arange(21))} == {tuple(data.shape), (3, 9, 30)}
+    assert every.digest() != listed.digest
+    with pytest.raises(InputError, match="00.png: it is in colour, but --channels is 1"):
+        Listed.folder(tmp_path, 1, False).pick(torch.arange(1))
+
+
+def test_images_without_classes_are_enough_for_simclr(tmp_path):
+    for i in range(5):
+        Image.new("RGB", (4 + i, 6), (i, i, i)).save(tmp_path / f"{i}.png")
+    source = Labelled(Listed.folder(tmp_path, 1, True), 1, seed=0)
+    drawn = source.draw(0, torch.arange(5))
+    assert sorted(int(x[0, 0, 0]) for x in drawn.images) == list(range(5)) and len(set(drawn.labels.tolist())) == 5
+    assert {x.shape[0] for x in drawn.images} == {1}  # a file in colour that shows none
+    with pytest.raises(InputError, match="holds images without labels: put each class into a folder"):
+        Listed.folder(tmp_path, 3, False)
 
 
 def test_absent_and_small_classes_leave_no_hole_in_the_labels():
