@@ -362,8 +362,8 @@ def _check_files(config: Config) -> None:
     """Whether what is read at the end is there at the beginning; its content is not looked at."""
     d, prompts = config.data, config.evaluation.centre_prompts
     for flag, folder in (("--test", d.test), ("--captioned", d.captioned)):
-        if folder is not None and not (Path(folder) / "metadata.jsonl").is_file():
-            raise InputError(f"{flag} {folder} has no metadata.jsonl: give a folder of captioned images")
+        if folder is not None and not captioned.is_captioned(folder):
+            raise InputError(f"{flag} {folder} has neither metadata.jsonl nor shards: give captioned images")
     if prompts is not None and not Path(prompts).exists():
         raise InputError(f"--centre-prompts {prompts} does not exist: give a file of captions")
 

@@ -26,10 +26,11 @@ class DataOptions:
     images: int = 20_000
     """How many drawings of "shapes" there are."""
     captioned: str | None = None
-    """Folder of images with metadata.jsonl that the small CLIP is taught on; with "shapes" it is drawn."""
+    """Folder of images with metadata.jsonl, or shards of `dmd synthesize`, that the small CLIP is taught on; with
+    "shapes" it is drawn."""
     test: str | None = None
-    """Folder of images with metadata.jsonl for the evaluation, which alone reads its captions; with "shapes" it is
-    drawn."""
+    """Folder of images with metadata.jsonl, or shards, for the evaluation, which alone reads its captions; with
+    "shapes" it is drawn."""
 
 
 @dataclass(frozen=True)

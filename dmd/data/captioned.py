@@ -1,7 +1,8 @@
-"""Real images with captions: a folder with metadata.jsonl, as image generators and the hub's data sets keep them.
+"""Images with captions: a folder with metadata.jsonl, as image generators and the hub's data sets keep them, or shards.
 
 FOLDER/metadata.jsonl      one object a line: file_name, and text or caption
 FOLDER/000000.png ...
+FOLDER/*.tar               of `dmd synthesize`, or webdataset's with .txt or .json members
 """
 
 import json
@@ -34,11 +35,21 @@ class Captioned:
         return len(self.captions)
 
 
+def is_captioned(path: str | Path) -> bool:
+    """Whether a path looks like what `load` reads; the content is not looked at."""
+    return (Path(path) / "metadata.jsonl").is_file() or _has_shards(Path(path))
+
+
+def _has_shards(path: Path) -> bool:
+    return (path.is_file() and path.suffix.lower() == ".tar") or any(path.glob("*.tar"))
+
+
 def load(folder: str | Path, size: int) -> Captioned:
-    """Read a folder of images with metadata.jsonl. Grey images become colour; rows without a caption are left out.
+    """Read a folder of images with metadata.jsonl, or shards. Grey images become colour; rows without a caption are
+    left out.
 
     Args:
-        folder: holds metadata.jsonl and the files that it names, at any depth below it.
+        folder: holds metadata.jsonl and the files that it names, at any depth below it; or shards, or is one.
         size: height and width that every image must have.
 
     Raises:
@@ -47,6 +58,8 @@ def load(folder: str | Path, size: int) -> Captioned:
     """
     folder = Path(folder)
     table = folder / "metadata.jsonl"
+    if not table.is_file() and _has_shards(folder):
+        return _of_shards(folder, size)
     if not table.is_file():
         raise InputError(f"{table} does not exist: give a folder of images with metadata.jsonl")
     images, captions = [], []
@@ -60,6 +73,28 @@ def load(folder: str | Path, size: int) -> Captioned:
     if not captions:
         raise InputError(f"{table} has no image with a caption")
     return Captioned(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), captions)
+
+
+def _of_shards(path: Path, size: int) -> Captioned:
+    from dmd.data import groups  # which reads folders by this module
+
+    images, captions = [], []
+    for part in groups.parts(path):
+        for group in part.load(groups.Broken(0)):
+            for number, place in group.replicas:
+                where = f"{path}, {part.name}, image {number} of {group.caption[:60]!r}"
+                try:
+                    image = groups.decode(place)
+                except InputError as error:
+                    raise InputError(f"{where}: {error}") from None
+                if tuple(image.shape[1:]) != (size, size):
+                    high, wide = image.shape[1:]
+                    raise InputError(f"{where} has {wide} x {high} pixels: it must have {size} x {size}")
+                images.append(image.expand(3, -1, -1))
+                captions.append(group.caption)
+    if not captions:
+        raise InputError(f"{path} has no image with a caption")
+    return Captioned(torch.stack(images), captions)
 
 
 def image_file(folder: Path, where: str, line: str) -> Path:

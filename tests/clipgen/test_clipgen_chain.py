@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
+from dmd import synthesis
 from dmd.build import Workplace
 from dmd.cli import clipgen as cli
 from dmd.cli import flags, parts
@@ -31,6 +32,7 @@ from dmd.errors import InputError
 from dmd.plots import show
 from dmd.settings import to_json
 from dmd.teachers import miniature
+from tests.stub import job
 
 TINY = [
     "--size", "16", "--patch", "4", "--widths", "8", "16", "--codes", "16", "--code-width", "4",
@@ -225,10 +227,26 @@ def test_one_stage_of_a_preset_asks_for_nothing_that_it_does_not_read(tmp_path, 
     assert tokenizers.load(first, torch.device("cpu")).config.codes == 16 and first != second
     with pytest.raises(SystemExit):
         cli.main(["train", "emoji", *argv])
-    assert "--test data/emoji64/test has no metadata.jsonl" in capsys.readouterr().err
+    assert "--test data/emoji64/test has neither" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main(["teach-clip", *argv])
     assert "a small CLIP needs captioned images" in capsys.readouterr().err
+
+
+def test_a_synthetic_data_set_supplies_images_and_captions(tmp_path, capsys):
+    """`dmd synthesize`, then both networks that CLIP-GEN starts from: one reads its images alone."""
+    made = str(tmp_path / "shards")
+    synthesis.work(job(tmp_path / "shards", image_format="png"))
+    common = ["--data", made, "--cache-dir", str(tmp_path / "cache"), *TINY]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(captioned, "load", None)
+        cli.main(["teach-tokenizer", *common])
+    small = ["--clip-steps", "2", "--clip-batch-size", "8", "--clip-patch", "4", "--clip-widths", "8", "16"]
+    small += ["--clip-text-width", "16", "--clip-text-layers", "1", "--clip-width", "8"]
+    cli.main(["teach-clip", *common, "--captioned", made, *small])
+    folder = capsys.readouterr().out.splitlines()[-1].removeprefix("clip: ")
+    taught = clips.load(folder, torch.device("cpu"))
+    assert taught.width == 8 and taught.text_mean.norm() > 0.1
 
 
 @pytest.mark.skipif(not TRUNK.is_file(), reason="needs LPIPS' AlexNet in $DMD_TEST_DATA/lpips")
@@ -330,7 +348,7 @@ def test_of_several_candidates_the_nearest_is_kept(run):
         (["train", "--data", "somewhere"], "a small CLIP needs captioned images"),
         (["train", "--data", "nowhere", "--clip", "y"], "nowhere does not exist"),
         (["train", "--centre-prompts", "nowhere"], "--centre-prompts nowhere does not exist"),
-        (["train", "--test", "nowhere"], "--test nowhere has no metadata.jsonl"),
+        (["train", "--test", "nowhere"], "--test nowhere has neither metadata.jsonl nor shards"),
         (["train", "--top-p", "0"], "--top-p is 0.0: it must be above 0"),
         (["sample", "--seeds", "x", "a red circle"], "--seeds is 'x'"),
         (["sample", "a red circle", "--model", "nowhere"], "nowhere is not a model of dmd clipgen"),

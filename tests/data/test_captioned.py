@@ -11,8 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
+from dmd import synthesis
 from dmd.data import captioned, prompts
+from dmd.data.images import to_uint8
 from dmd.errors import InputError
+from dmd.generate import REPLICAS
+from tests.stub import CAPTIONS, job, stub
 
 DATA = Path(os.environ.get("DMD_TEST_DATA", ""))
 ROWS = [
@@ -46,6 +50,19 @@ def test_images_stand_beside_their_captions(folder):
         with Image.open(folder / name) as file:
             assert torch.equal(image.permute(1, 2, 0), torch.from_numpy(np.array(file.convert("RGB"))))
     assert found.captions == prompts.read(folder).texts
+
+
+def test_shards_of_a_synthetic_data_set_are_images_with_captions(tmp_path):
+    synthesis.work(job(tmp_path / "shards", image_format="png"))
+    found = captioned.load(tmp_path / "shards", 16)
+    assert found.captions == [c for c in CAPTIONS for _ in range(4)]
+    numbers = torch.arange(30).repeat_interleave(4) * REPLICAS + torch.arange(4).repeat(30)
+    assert torch.equal(found.images, to_uint8(stub(found.captions, numbers, 0)))
+    assert captioned.is_captioned(tmp_path / "shards") and not captioned.is_captioned(tmp_path)
+    (one, *_) = sorted((tmp_path / "shards").glob("*.tar"))
+    assert captioned.load(one, 16).captions == found.captions[:12]
+    with pytest.raises(InputError, match="image 0 of 'caption 0 .* has 16 x 16 pixels: it must have 8 x 8"):
+        captioned.load(tmp_path / "shards", 8)
 
 
 FAULTS = {

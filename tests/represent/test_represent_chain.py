@@ -2,7 +2,11 @@
 
 import base64
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +28,7 @@ from dmd.represent.config import METHODS, PRESETS, check, preset
 from dmd.represent.text import load_text
 from dmd.settings import require_same, to_json
 
+ROOT = Path(__file__).parents[2]
 TINY = [
     "--captions-per-batch", "8", "--per-caption", "2", "--max-train-steps", "3", "--log-every", "1",
     "--head-hidden", "16", "--head-width", "8", "--text-width", "16", "--text-layers", "1", "--text-heads", "2",
@@ -72,6 +77,22 @@ def test_every_method_leaves_a_backbone_that_timm_loads(tmp_path, pictures, meth
     torch.testing.assert_close(theirs(net.standardised(x)), net(x))
     assert net.config.method == method
     assert (folder / "samples" / "views.png").is_file() and (folder / "text").is_dir() == (method in options.WITH_TEXT)
+
+
+def test_image_files_of_unequal_sizes_are_enough(tmp_path):
+    """Class folders with a class too small for m, and for simclr files without any."""
+    generator = np.random.default_rng(0)
+    for i in range(17):
+        folder = tmp_path / "data" / ("once" if i == 16 else "ab"[i % 2])
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = generator.integers(0, 256, (12 + i, 20, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    folder = run("stablerep", tmp_path / "run", tmp_path / "data")
+    assert json.loads((folder / "summary.json").read_text())["captions"] == 2
+    folder = run("supervised", tmp_path / "classes", tmp_path / "data", "--per-caption", "2")
+    assert json.loads((folder / "summary.json").read_text())["captions"] == 2
+    folder = run("simclr", tmp_path / "alone", tmp_path / "data" / "a")
+    assert json.loads((folder / "summary.json").read_text())["captions"] == 8
 
 
 def test_the_text_tower_is_exported_with_its_words(tmp_path, pictures):
@@ -163,6 +184,31 @@ def test_the_shipped_student_supplies_the_images(tmp_path, online):
     captions.write_text("one caption\nand another\n")
     with pytest.raises(InputError, match="holds images of other captions than those of --captions"):
         cli.represent(["stablerep", *data, "--fresh", *TINY], "dmd represent")
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_command_in_two_processes_is_the_command_in_one(tmp_path, pictures):
+    """Losses, and the backbone: sums of two halves round differently, and nothing else differs."""
+    one = run("stablerep", tmp_path / "one", pictures)
+    argv = ["stablerep", "shapes", "--data", str(pictures), "--output-dir", str(tmp_path / "two"), *TINY]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "dmd"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*launch, "represent", *argv, "--image-size", "16"],
+        env=environment, capture_output=True, text=True, timeout=180, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = [read_jsonl(folder / "metrics.jsonl") for folder in (one, tmp_path / "two")]
+    for a, b in zip(*rows, strict=True):
+        assert b["loss/contrast"] == pytest.approx(a["loss/contrast"], rel=1e-4) and a["dropped"] == b["dropped"] == 0
+    first, second = rows[0][0], rows[1][0]  # before any update
+    for name in ("loss/contrast", "excess", "grad/net"):
+        assert second[name] == pytest.approx(first[name], rel=1e-5)
+    whole, halves = (load_backbone(folder / "backbone").state_dict() for folder in (one, tmp_path / "two"))
+    for name, value in whole.items():
+        if value.is_floating_point():
+            assert (value - halves[name]).abs().mean() < 1e-3 * value.abs().mean() + 1e-5, name
 
 
 def test_a_run_is_resumed_with_the_same_images_only(tmp_path, pictures):
