@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
+from benchmarks import text_to_image
 from dmd import synthesis
 from dmd.build import Workplace
 from dmd.cli import clipgen as cli
@@ -382,15 +383,38 @@ def test_the_papers_preset_has_the_papers_sizes():
     assert (config.transformer.layers, config.transformer.width, config.transformer.heads) == (24, 1024, 16)
 
 
-def test_the_world_of_shapes_is_judged(tmp_path, capsys):
-    """All stages with the small CLIP taught here; then evaluated again with other sampling."""
+@pytest.fixture(scope="module")
+def drawn_world(tmp_path_factory):
+    """A finished run in the world of shapes: all stages, with the small CLIP taught here."""
+    root = tmp_path_factory.mktemp("world")
     argv = [
         "train", "--images", "16", "--clip-images", "16", "--clip-steps", "2", "--clip-batch-size", "4",
         "--clip-patch", "8", "--clip-widths", "8", "16", "--clip-text-width", "16", "--clip-text-layers", "1",
         "--clip-width", "8", *TINY, "--size", "64", "--patch", "16", "--final-samples", "16", "--top-k", "4",
-        "--cache-dir", str(tmp_path / "cache"), "--output-dir", str(tmp_path / "run"),
+        "--cache-dir", str(root / "cache"), "--output-dir", str(root / "run"),
     ]  # fmt: skip
     cli.main(argv)
+    return root
+
+
+def test_a_student_its_teacher_and_clip_gen_stand_side_by_side(drawn_world, tmp_path, monkeypatch, capsys):
+    """The smoke test of `benchmarks.text_to_image`."""
+    file = tmp_path / "line.json"
+    argv = ["text_to_image", "--student", "shapes-student", "--clipgen", str(drawn_world / "run"), "--quick"]
+    monkeypatch.setattr(sys, "argv", [*argv, "--json", str(file)])
+    text_to_image.main()
+    found = json.loads(file.read_text())["results"]
+    models = ("CLIP-GEN, 4 tokens", "student, 1 step", "teacher, 2 steps")
+    assert found["rows"].keys() == {f"{asked}/{m}" for asked in ("seen", "held_out") for m in models}
+    assert found["metric"] == "FD-SmallCLIP" and found["samples"] == 16
+    student = found["rows"]["seen/student, 1 step"]
+    assert student["caption_agreement"] > 0.5 > found["rows"]["seen/CLIP-GEN, 4 tokens"]["caption_agreement"]
+    assert "| seen | student, 1 step |" in capsys.readouterr().out
+
+
+def test_the_world_of_shapes_is_judged(drawn_world):
+    """And judged again with other sampling."""
+    tmp_path = drawn_world
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     figures = summary["figures"]
     sources = ("real", "rebuilt", "image", "text")
