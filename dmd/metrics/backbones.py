@@ -222,7 +222,7 @@ def _transformers(name: str, weights: Path | None, download: bool, size: int | N
     height, width = (size, size) if size else _sides(dict(processor.crop_size or processor.size or {}), name)
     trunk: nn.Module = net.eval()
     if isinstance(net, CLIPModel):
-        trunk, pool = _ImageTower(net), _pooled
+        trunk, pool = ImageTower(net), _pooled
     else:
         pool = _pooled
     short = re.sub(r"[^\w.-]+", "-", Path(name).name)
@@ -230,7 +230,7 @@ def _transformers(name: str, weights: Path | None, download: bool, size: int | N
     return Extractor(short, f"FD-{short}", bicubic(height, width), standardised, _resized(height, width))
 
 
-class _ImageTower(nn.Module):
+class ImageTower(nn.Module):
     """CLIP's image half."""
 
     def __init__(self, clip: Any) -> None:

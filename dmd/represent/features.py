@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dmd import checkpoint
 from dmd.errors import InputError
 from dmd.metrics import assess, backbones
-from dmd.metrics.backbones import Extractor, Standardised
+from dmd.metrics.backbones import Extractor, ImageTower, Standardised
 from dmd.metrics.protocols import Prepare, bicubic
 from dmd.metrics.sources import Pixels, Source
 from dmd.represent.backbones import CONFIG, Backbone, load_backbone, require_divisible
@@ -183,7 +183,29 @@ def _timm_tokens(net: nn.Module) -> Callable[[Tensor], Tensor]:
     return tokens
 
 
-TOKENS: dict[str, Callable[[nn.Module], Callable[[Tensor], Tensor]]] = {"timm": _timm_tokens}
+def _transformers_tokens(net: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The last hidden states of a network of transformers: a map, or the patches, which come last."""
+    assert isinstance(net, Standardised)
+    trunk: Any = net.trunk.clip.vision_model if isinstance(net.trunk, ImageTower) else net.trunk
+    patch = trunk.config.to_dict().get("patch_size")
+    high, wide = (patch, patch) if isinstance(patch, int) else patch or (1, 1)  # without patches, more than there are
+
+    def tokens(images: Tensor) -> Tensor:
+        found = trunk(pixel_values=(images / 255 - net.mean) / net.std).last_hidden_state
+        if found.ndim == 4:
+            return found.permute(0, 2, 3, 1)
+        rows, columns = images.shape[2] // high, images.shape[3] // wide
+        if found.shape[1] < rows * columns:
+            raise InputError(f"where the {found.shape[1]} tokens of a {type(trunk).__name__} are is not known")
+        return found[:, -rows * columns :].unflatten(1, (rows, columns))
+
+    return tokens
+
+
+TOKENS: dict[str, Callable[[nn.Module], Callable[[Tensor], Tensor]]] = {
+    "timm": _timm_tokens,
+    "transformers": _transformers_tokens,
+}
 """By the word before the colon. Other packages' networks have no common way to their tokens."""
 
 

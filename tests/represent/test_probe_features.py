@@ -1,5 +1,7 @@
 """Frozen features are the network's own, cached ones are fresh ones, and pictures show what is there."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -103,6 +105,39 @@ def test_a_rectangle_is_seen_by_its_middle_square():
     image = np.arange(7 * 4 * 3, dtype=np.uint8).reshape(7, 4, 3)
     assert (features.middle_square(image) == image[1:5]).all()
     assert (features.middle_square(image.transpose(1, 0, 2)) == image.transpose(1, 0, 2)[:, 1:5]).all()
+
+
+@pytest.mark.parametrize("kind", ["vit", "clip", "convnext"])
+def test_networks_of_transformers_have_tokens_too(tmp_path, kind):
+    """Those after the class token, or the last map."""
+    import transformers
+
+    common = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    common |= {"image_size": 24, "patch_size": 8}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if kind == "vit":
+            net = transformers.ViTModel(transformers.ViTConfig(**common))
+        elif kind == "clip":
+            sides = {"text_config": {**common, "vocab_size": 20}, "vision_config": common}
+            net = transformers.CLIPModel(transformers.CLIPConfig(**sides, projection_dim=12))
+        else:
+            net = transformers.ConvNextModel(transformers.ConvNextConfig(hidden_sizes=[8, 8, 8, 16], depths=[1] * 4))
+    net.eval().save_pretrained(tmp_path)
+    facts = {"image_processor_type": "ViTImageProcessor", "size": {"height": 24, "width": 24}}
+    facts |= {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(facts))
+    frozen = features.load(f"transformers:{tmp_path}", 96 if kind == "convnext" else None)
+    side = 96 if kind == "convnext" else 24
+    image = torch.rand(2, 3, side, side) * 255
+    shown = (image / 255 - torch.tensor(facts["image_mean"])[:, None, None]) / torch.tensor([0.2, 0.3, 0.4])[
+        :, None, None
+    ]
+    with torch.no_grad():
+        tokens = features.grids(image, frozen, CPU, 2)
+        whole = (net.vision_model if kind == "clip" else net)(pixel_values=shown).last_hidden_state
+    expected = whole.permute(0, 2, 3, 1) if kind == "convnext" else whole[:, 1:].unflatten(1, (3, 3))
+    assert tokens.shape == (2, 3, 3, 16) and torch.allclose(tokens, expected, atol=1e-5)
 
 
 def test_networks_of_timm_have_tokens_too(tmp_path):
