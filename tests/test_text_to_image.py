@@ -522,7 +522,9 @@ def test_what_training_could_not_do_is_refused_before_pairs_are_made(world, tmp_
 
 def test_8_bit_states_need_their_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)  # as if it were not installed
-    with pytest.raises(InputError, match=r"--adam-8bit needs the package bitsandbytes: pip install 'dmd\[cuda\]'"):
+    with pytest.raises(
+        InputError, match=r"--adam-8bit needs the package bitsandbytes: pip install 'dmd-one-step\[cuda\]'"
+    ):
         build.class_8bit(torch.device("cuda"))
 
 
