@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +79,18 @@ def say_machine() -> None:
 
 def finish(name: str, results: Any, file: Path | None) -> None:
     """The last line of every benchmark; also into `file`, atomically."""
-    line = {"benchmark": name, "machine": machine(), "arguments": sys.argv[1:], "results": results}
+    arguments = without_places(sys.argv[1:])
+    line = {"benchmark": name, "machine": machine(), "arguments": arguments, "results": results}
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, line)
     print(json.dumps(line))
+
+
+def without_places(arguments: Sequence[str]) -> list[str]:
+    """A command's arguments but for where things lay on its machine."""
+    pairs = zip(("", *arguments), arguments, strict=False)
+    return [word for before, word in pairs if not {before, word} & {"--json", "--plot", "--folder"}]
 
 
 def seconds(work: Callable[[], object], runs: int, warm_up: int = 2) -> list[float]:

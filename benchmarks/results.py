@@ -45,10 +45,7 @@ class Measured:
     @property
     def command(self) -> str:
         """As it was given, but for where things lay on that machine."""
-        places = ("--json", "--plot", "--folder")
-        kept = [
-            a for before, a in zip(("", *self.arguments), self.arguments, strict=False) if not {before, a} & {*places}
-        ]
+        kept = common.without_places(self.arguments)
         return shlex.join(["python", "-m", f"benchmarks.{self.benchmark}", *kept])
 
     @property
@@ -85,7 +82,7 @@ def rows(titles: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 
 def milliseconds(row: Mapping[str, Any]) -> str:
-    return f"{row['ms_per_image']:.3g} ± {row['spread_ms']:.2g}"
+    return f"{show(row['ms_per_image'])} ± {show(row['spread_ms'])}"
 
 
 # ----------------------------------------------------------------------------- sections
@@ -131,8 +128,8 @@ def sampling(measured: Measured) -> str:
             one, many = b[f"one step, {decoder}"], b[f"teacher, {decoder}"]
             floor = 1e3 * one["flops"] / r["matmul_flops_per_second"] / b["batch"]
             body.append([
-                f"{b.get('mode', 'eager')}, batch {b['batch']}, {decoder} decoder", milliseconds(one), f"{floor:.3g}",
-                f"{one['ms_per_image'] / floor:.2f}", f"{many['ms_per_image']:.3g}", f"{b[f'speedup, {decoder}']:.1f}",
+                f"{b.get('mode', 'eager')}, batch {b['batch']}, {decoder} decoder", milliseconds(one), show(floor),
+                f"{one['ms_per_image'] / floor:.2f}", show(many["ms_per_image"]), f"{b[f'speedup, {decoder}']:.1f}",
                 f"{100 * b[f'overhead, {decoder}']:+.1f} %", f"{one['peak_mib'] / 1024:.2f}",
             ])  # fmt: skip
     titles = ["", "one step, ms per image", "floor, ms", "times the floor", "teacher, ms", "speedup", "added", "GiB"]

@@ -86,7 +86,7 @@ def test_sampling_is_compared_with_the_floor_of_its_own_device(tmp_path):
     write(tmp_path, "sampling-x", "sampling", SAMPLING, ["--json", "/home/me/s.json", "--batch-sizes", "1", "8"])
     text, plots = results.page(results.read(tmp_path))
     table = {row[0]: row[1:] for row in cells(text)}
-    assert table["eager, batch 1, full decoder"] == ["16 ± 0.1", "4", "4.00", "480", "30.0", "+1.5 %", "2.00"]
+    assert table["eager, batch 1, full decoder"] == ["16 ± 0.100", "4", "4.00", "480", "30.0", "+1.5 %", "2.00"]
     assert table["eager, batch 8, tiny decoder"][1:3] == ["2", "3.00"]
     assert "NVIDIA X; torch 2.14, diffusers 0.42; commit abc. `python -m benchmarks.sampling --batch-sizes 1 8`" in text
     assert "/home" not in text
