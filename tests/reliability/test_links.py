@@ -48,11 +48,11 @@ def test_a_teacher_and_its_pairs_are_made_by_two_commands_that_resume(world, tmp
     parts.pairs(flags, "dmd pairs")
     (folder,) = (cache / "pairs").iterdir()
     assert capsys.readouterr().out.splitlines()[-1] == f"12 pairs: {folder}"
-    assert pair_files(cache) == pair_files(world.root / "cache")
+    assert pair_files(cache) == pair_files(world.root / "cache", folder.name)
     kept = (folder / "00000.safetensors").stat().st_mtime_ns
     (folder / "00001.safetensors").write_bytes(b"")
     parts.pairs(flags, "dmd pairs")
     assert "pairs: 100%" in capsys.readouterr().err
-    assert pair_files(cache) == pair_files(world.root / "cache")
+    assert pair_files(cache) == pair_files(world.root / "cache", folder.name)
     assert (folder / "00000.safetensors").stat().st_mtime_ns == kept
     assert not (tmp_path / "run").exists()

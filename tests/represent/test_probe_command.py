@@ -107,7 +107,7 @@ def test_mean_class_is_asked_for_or_the_sets_own(tmp_path, net, data):
 def test_settings_are_chosen_on_the_validation_set_that_is_given(tmp_path, net, data):
     """With the labels of the validation images turned round, the choice is the worst one."""
     arrays = np.load(data / "test.npz")
-    np.savez(tmp_path / "val.npz", images=arrays["images"], labels=(arrays["labels"] + 1) % 3)
+    np.savez(tmp_path / "val.npz", images=arrays["images"][:-1], labels=(arrays["labels"][:-1] + 1) % 3)
     options = {"train": str(data), "probes": ("logistic",), "map": "none", "pictures": 0}
     good = run(tmp_path, net, **options)["results"][0]["details"]["logistic"]["l2"]
     bad = run(tmp_path, net, val=str(tmp_path / "val.npz"), **options)["results"][0]["details"]["logistic"]
