@@ -39,7 +39,9 @@ from dmd.teachers.stable_diffusion import TimestepNet
 STEPS = 50
 DIMENSIONS, SAMPLES = 2048, 3000
 LARGE = (
-    "sd15", "--random", "--mixed-precision", "bf16", "--real-in-bf16", "--batch-size", "16", "--pair-batch-size", "8",
+    "sd15", "--random", "--mixed-precision", "bf16", "--batch-size", "16", "--pair-batch-size", "8",
+    "--gradient-accumulation-steps", "1", "--pair-accumulation-steps", "2", "--no-gradient-checkpointing",
+    "--no-checkpoint-decoder",
 )  # fmt: skip
 """A training step at the size of Stable Diffusion 1.5 that a GPU of 80 GB holds."""
 

@@ -223,3 +223,14 @@ def test_the_last_line_is_json(command):
     line = json.loads(done.stdout.splitlines()[-1])
     assert line["benchmark"] == name and line["arguments"] == arguments and line["machine"]["torch"]
     assert line["results"]
+
+
+def test_the_large_step_can_be_dealt_out():
+    """The flags of P6 at Stable Diffusion's size fit its preset, whose own batches are for many GPUs."""
+    from benchmarks.all import LARGE
+    from dmd.cli import flags
+
+    config = flags.parse([word for word in LARGE if word != "--random"], "benchmarks", "").config
+    d, m = config.distill, config.memory
+    assert d.batch_size % d.gradient_accumulation_steps == 0 and d.pair_batch_size % d.pair_accumulation_steps == 0
+    assert config.preset == "sd15" and m.real_in_bf16 and not m.gradient_checkpointing and not m.checkpoint_decoder

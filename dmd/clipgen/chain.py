@@ -37,6 +37,7 @@ from dmd.data.images import to_float
 from dmd.ema import Ema
 from dmd.errors import InputError
 from dmd.run import Cadence, Progress, Run, Stopped, Task, clip_and_check
+from dmd.teachers.stable_diffusion import TextEncoder
 
 INPUTS, MODEL, SUMMARY, ELAPSED = "inputs.json", "model", "summary.json", "elapsed.json"
 BETAS = (0.9, 0.95)  # of AdamW
@@ -172,28 +173,27 @@ class Chain:
         data = self.place.together(self._captioned)
         facts = asdict(o) | {"seed": self.config.run.seed, "size": self.config.data.size}
         facts |= {"data": images.digest(data.images), "captions": build.text_digest(data.captions)}
-        if o.clip_text is not None:
-            start = clips.text_start(o.clip_text)
+        start = None if o.clip_text is None else clips.text_start(o.clip_text)
+        if start is not None:
             facts["clip_text"] = checkpoint.digest(start.network)
         folder = self._cached("clip", facts)
         if not (folder / clips.WEIGHTS).exists():
-            self._teach_clip(data, folder)
+            self._teach_clip(data, folder, start)
         return folder
 
-    def _teach_clip(self, data: Captioned, folder: Path) -> None:
+    def _teach_clip(self, data: Captioned, folder: Path, start: TextEncoder | None) -> None:
         from dmd.teachers import miniature, stable_diffusion
 
         o, place = self.config.clip, self.place
         drawn = self.config.data.captioned is None
         sizes = ConvSizes(o.clip_patch, o.clip_widths, o.clip_blocks)
-        if o.clip_text is None:
+        if start is None:
             words = shapes.words() if drawn else miniature.common_words(data.captions, WORDS)
             place.first(lambda: miniature.write_tokenizer(words, o.clip_tokens, folder / clips.WORDS))
             count = len(json.loads((folder / clips.WORDS / "vocab.json").read_text(encoding="utf-8")))
             text = (o.clip_text_width, o.clip_text_layers, o.clip_tokens, count)
             net = self._fresh(lambda: SmallClipNet(SmallClipConfig(self.config.data.size, sizes, *text, o.clip_width)))
         else:
-            start = clips.text_start(o.clip_text)
             place.first(lambda: start.tokenizer.save_pretrained(folder / clips.WORDS))
             net = self._fresh(lambda: clips.beginning_with(start, self.config.data.size, sizes, o.clip_width))
         small = SmallClip(net, stable_diffusion.tokenizer(folder / clips.WORDS))
@@ -308,14 +308,7 @@ class Chain:
         o, run, place = self.config.transformer, self.config.run, self.place
         gap = make_gap(self.config, embeddings, clip)
         sizes = TransformerConfig(
-            found.config.codes,
-            found.config.length,
-            clip.width,
-            o.layers,
-            o.width,
-            o.heads,
-            o.dropout,
-            o.prefix,
+            found.config.codes, found.config.length, clip.width, o.layers, o.width, o.heads, o.dropout, o.prefix
         )
         net = self._fresh(lambda: ConditionalTransformer(sizes))
         ema = Ema(net, o.ema)

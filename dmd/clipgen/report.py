@@ -5,10 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dmd.plots import number, show
+from dmd.plots import number
 from dmd.report import files, sheet
 from dmd.report.curves import Plan, charts
-from dmd.report.files import RunFiles
 from dmd.report.sheet import Sheet, Table
 
 STAGES = "stages"
@@ -56,6 +55,8 @@ TRANSFORMER = (
     Plan("Gradient norm", [("grad/net", "transformer")], "Steady, without spikes.", log=True),
 )
 
+COUNTS = (("images", "training images"), ("updates", "updates"), ("images_seen", "images seen"))
+
 
 def write(folder: Path) -> Path:
     """Write `folder/report.html` from the other files there; missing ones cost only their section. Returns its path."""
@@ -68,7 +69,7 @@ def write(folder: Path) -> Path:
     page = Sheet(
         kind="CLIP-GEN",
         headline=headline(summary),
-        facts=_facts(run),
+        facts=sheet.facts(run, COUNTS),
         cautions=[],
         pictures=sheet.pictures(folder / "samples" / "final.png", "Samples", shown),
         tables=_tables(summary, figures),
@@ -101,15 +102,6 @@ def _tables(summary: Mapping[str, Any], figures: Mapping[str, Mapping[str, Any]]
     )
     rows = [(name, [_cell(row.get(c)) for c in columns]) for name, row in figures.items()]
     return [Table("Figures", note, ["set", *columns], rows)]
-
-
-def _facts(run: RunFiles) -> list[str]:
-    """What was done, in a few short pieces."""
-    found = [f"preset {run.config['preset']}"] if isinstance(run.config.get("preset"), str) else []
-    for name, what in (("images", "training images"), ("updates", "updates"), ("images_seen", "images seen")):
-        if number(run.summary.get(name)) is not None:
-            found.append(f"{show(run.summary[name])} {what}")
-    return found
 
 
 def headline(summary: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dmd.plots import Chart
+from dmd.plots import Chart, duration, number, show
 from dmd.report import repeat
 from dmd.report.files import RunFiles
 from dmd.report.page import template
@@ -53,6 +53,19 @@ class Sheet:
     pictures: Sequence[Picture]
     tables: Sequence[Table]
     charts: Sequence[tuple[str, Sequence[Chart]]]
+
+
+def facts(run: RunFiles, counts: Sequence[tuple[str, str]], kind: Sequence[str] = ()) -> list[str]:
+    """What was done, in a few short pieces: the preset, what `kind` says, numbers of the summary, and the time.
+
+    Args:
+        counts: names in the summary, and what they count.
+    """
+    preset, wall = run.config.get("preset"), number(run.summary.get("wall_seconds"))
+    found = [f"preset {preset}"] if isinstance(preset, str) else []
+    found += kind
+    found += [f"{show(run.summary[name])} {what}" for name, what in counts if number(run.summary.get(name)) is not None]
+    return found + ([duration(wall)] if wall is not None else [])
 
 
 def pictures(path: Path, title: str, text: str) -> list[Picture]:

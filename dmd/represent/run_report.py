@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dmd.plots import duration, number, show
+from dmd.plots import number, show
 from dmd.report import files, sheet
 from dmd.report.curves import Plan, charts
 from dmd.report.files import RunFiles
@@ -48,15 +48,18 @@ HEALTH = (
     Plan("Learning rate", [("rate", "rate")], "Rises, then falls as half a cosine."),
 )
 
+COUNTS = (("captions", "captions"), ("updates", "updates"), ("images_seen", "images seen"))
+
 
 def write(folder: Path) -> Path:
     """Write `folder/report.html` from the other files there; missing ones cost only their section. Returns its path."""
     run = files.read(folder)
     shown = "What the first step sees of some captions or images, a row each: what should be near to each other."
+    kind = (METHODS.get(str(run.config.get("method"))), run.summary.get("backbone"))
     page = Sheet(
         kind="Representation",
         headline=headline(run),
-        facts=_facts(run),
+        facts=sheet.facts(run, COUNTS, [text for text in kind if isinstance(text, str)]),
         cautions=[] if run.summary else ["Figures come when the last step is done."],
         pictures=sheet.pictures(folder / "samples" / "views.png", "Views", shown),
         tables=_tables(run),
@@ -87,20 +90,6 @@ def headline(run: RunFiles) -> str:
     if not said:
         return f"The backbone has been trained by {method}; without --probe there are no figures."
     return f"Frozen features of {method} classify {run.summary['probe'].get('set')}: {', '.join(said)}."
-
-
-def _facts(run: RunFiles) -> list[str]:
-    """What was done, in a few short pieces."""
-    method, preset, summary = run.config.get("method"), run.config.get("preset"), run.summary
-    found = [f"preset {preset}"] if isinstance(preset, str) else []
-    found += [METHODS[method]] if method in METHODS else []
-    if isinstance(summary.get("backbone"), str):
-        found.append(summary["backbone"])
-    for name, what in (("captions", "captions"), ("updates", "updates"), ("images_seen", "images seen")):
-        if number(summary.get(name)) is not None:
-            found.append(f"{show(summary[name])} {what}")
-    wall = number(summary.get("wall_seconds"))
-    return found + ([duration(wall)] if wall is not None else [])
 
 
 def _tables(run: RunFiles) -> list[Table]:
