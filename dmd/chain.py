@@ -15,7 +15,7 @@ from dmd.batches import DistillBatches
 from dmd.build import Workplace
 from dmd.codec import Codec
 from dmd.config import Config
-from dmd.denoiser import Guided, NetworkDenoiser
+from dmd.denoiser import Denoiser, Guided, NetworkDenoiser
 from dmd.distill import Distiller
 from dmd.errors import InputError
 from dmd.generate import student_generator
@@ -116,7 +116,7 @@ class Chain:
         progress = self._distil(distiller, teacher, batches, judge, watched)
         if progress.step < config.distill.max_train_steps:
             return self._say(f"stopped after step {progress.step}; the same command goes on")
-        real = distiller.real
+        real = distiller.real.denoiser
         del distiller, batches
         gc.collect()  # training's gradients and states, which the loop holds in a cycle: sampling needs their memory
         if place.main:
@@ -205,14 +205,15 @@ class Chain:
         evaluation.save_grid(shown, path, max(1, 32 // shown[0].shape[-1]), ROWS)
         return evaluation.drift(shown[-2], shown[-1])
 
-    def _conclude(self, progress: Progress, teacher: Pipeline, real: Guided, judge: evaluation.Judge) -> None:
+    def _conclude(self, progress: Progress, teacher: Pipeline, real: Denoiser, judge: evaluation.Judge) -> None:
         """Compare the best student with its teacher, write summary.json, the pictures and the report."""
         from dmd import report
 
         config = self.config
         student = teachers.load(self.folder / "student", self.place.device, self.place.autocast)
         steps = config.evaluation.compare_steps or config.pairs.teacher_steps
-        generator, evaluations = build.many_step(config, real, steps)
+        compared = Guided(real, config.pairs.guidance, teacher.null())  # matching may have had another scale
+        generator, evaluations = build.many_step(config, compared, steps)
         figures, x_student, x_teacher = evaluation.compare(
             judge, student_generator(student.denoiser), generator, config.evaluation.final_samples, evaluations
         )

@@ -138,12 +138,15 @@ def test_separate_guidance_times_change_the_gradient_only(world):
     assert a["health/guidance_part"] != b["health/guidance_part"]
 
 
-def test_the_real_score_may_have_a_guidance_of_its_own(world):
+def test_the_real_score_may_have_a_guidance_of_its_own(world, monkeypatch):
     """Its part (s - 1)(cond - uncond) at 2 is half that at the preset's 3, but for the normaliser; pairs stay."""
+    scales, many_step = [], build.many_step
+    monkeypatch.setattr(build, "many_step", lambda c, real, n: scales.append(real.scale) or many_step(c, real, n))
     train.main(flags(world, world / "weaker", "--matching-guidance", "2"))
     a, b = figures(world / "run")[0], figures(world / "weaker")[0]
     assert a["loss/regression"] == b["loss/regression"]
     assert a["health/guidance_part"] == pytest.approx(2 * b["health/guidance_part"], rel=0.2)
+    assert scales == [3.0, 3.0], "pairs, and the teacher that the student is compared with"
 
 
 def test_a_run_with_adapters_resumes_and_its_checkpoint_holds_them_alone(world):
