@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -274,11 +275,15 @@ class Known:
         parts: arguments by part; none at all for a set that comes whole.
         mean_class: its protocol averages over classes (SynCLR, arXiv 2312.17742, appendix).
         train: images of each class that are drawn to train on, of a set that comes whole.
+        names: its attribute with the classes' names; None for a set that has numbers only.
+        given: arguments of every part. Nothing is ever downloaded here.
     """
 
     parts: dict[str, dict[str, Any]] = field(default_factory=dict)
     mean_class: bool = False
     train: float | int = 1 - TEST_SHARE
+    names: str | None = "classes"
+    given: dict[str, Any] = field(default_factory=lambda: {"download": False})
 
 
 def _named(train: str = "train", test: str = "test", val: str | None = None) -> dict[str, dict[str, Any]]:
@@ -290,16 +295,23 @@ FLAGGED: dict[str, dict[str, Any]] = {"train": {"train": True}, "test": {"train"
 
 TORCHVISION = {
     "CIFAR10": Known(FLAGGED), "CIFAR100": Known(FLAGGED), "MNIST": Known(FLAGGED), "FashionMNIST": Known(FLAGGED),
-    "KMNIST": Known(FLAGGED), "USPS": Known(FLAGGED), "STL10": Known(_named()), "SVHN": Known(_named()),
-    "Food101": Known(_named()), "StanfordCars": Known(_named()), "GTSRB": Known(_named()),
+    "KMNIST": Known(FLAGGED), "QMNIST": Known(FLAGGED),
+    "EMNIST": Known(FLAGGED, given={"split": "balanced", "download": False}), "USPS": Known(FLAGGED, names=None),
+    "STL10": Known(_named()), "SVHN": Known(_named(), names=None), "FER2013": Known(_named(), names=None, given={}),
+    "Food101": Known(_named()), "StanfordCars": Known(_named()), "GTSRB": Known(_named(), names=None),
     "DTD": Known(_named(val="val")), "Flowers102": Known(_named(val="val"), True),
     "FGVCAircraft": Known(_named(val="val"), True), "OxfordIIITPet": Known(_named("trainval"), True),
-    "Country211": Known(_named(val="valid")), "RenderedSST2": Known(_named(val="val")), 
-    "PCAM": Known(_named(val="val")), "ImageNet": Known(_named(test="val")), "Imagenette": Known(_named(test="val")),
-    "Caltech101": Known(mean_class=True, train=30), "SUN397": Known(train=50), "EuroSAT": Known(),
+    "Country211": Known(_named(val="valid")), "RenderedSST2": Known(_named(val="val")),
+    "PCAM": Known(_named(val="val"), names=None), "CLEVRClassification": Known(_named(test="val"), names=None),
+    "ImageNet": Known(_named(test="val"), given={}), "Imagenette": Known(_named(test="val")),
+    "Places365": Known(_named("train-standard", "val"), given={"small": True, "download": False}),
+    "Caltech101": Known(mean_class=True, train=30, names="categories"),
+    "Caltech256": Known(train=60, names="categories"), "SUN397": Known(train=50), "EuroSAT": Known(),
+    "SEMEION": Known(names=None),
 }  # fmt: skip
-"""By torchvision's name. Caltech101 is torchvision's, without the background class; 30 images of a class to train on,
-and 50 of SUN397, are the custom."""
+"""By torchvision's name. Caltech101 is torchvision's, without the background class; to train on 30 images of a class of
+it, 60 of Caltech256 and 50 of SUN397 is the custom. EMNIST is its balanced part, Places365 that of 256 pixels. None of
+them unpickles a file, but for CIFAR, whose files must have their authors' checksums, as in `dmd.data.images`."""
 
 
 def _torchvision(rest: str, part: Part, show: bool) -> LabelledSet:
@@ -314,19 +326,29 @@ def _torchvision(rest: str, part: Part, show: bool) -> LabelledSet:
     known = TORCHVISION[name]
     if part not in (known.parts or ("train", "test")):
         raise InputError(f"{name} has no part {part!r}: leave out --val, and it is drawn from the training images")
+    if not Path(folder).is_dir():  # some would make it
+        raise InputError(f"{name} cannot be read from {folder}, which is no folder: let torchvision download it there")
     try:
-        found = getattr(datasets, name)(folder, download=False, **known.parts.get(part, {}))
-    except (RuntimeError, OSError, ValueError, ImportError) as error:
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{name} cannot be read from {folder} ({why}): let torchvision download it there") from None
+        found = getattr(datasets, name)(folder, **known.given, **known.parts.get(part, {}))
+    except Exception as error:  # a parser fails on a cut or foreign file in whatever way
+        raise InputError(
+            f"{name} cannot be read from {folder} ({_why(error)}): let torchvision download it there"
+        ) from None
     source = TorchvisionSource.of(f"{name} ({part})", found, show)
-    names = [str(c[0] if isinstance(c, tuple) else c) for c in getattr(found, "classes", [])]
+    names = [c if isinstance(c, str) else str(c[0]) for c in getattr(found, known.names)] if known.names else []
     count = int(source.labels.max()) + 1
     classes = tuple(names) if len(names) >= count else tuple(map(str, range(count)))
     if not known.parts:
+        # by content, since some list their files as the disk does
+        source = source.select(sorted(range(len(source)), key=source.sums.__getitem__))
         train = drawn(source.labels, known.train)
         source = source.select(torch.nonzero(train if part == "train" else ~train)[:, 0].tolist())
     return LabelledSet(source, source.labels, classes, known.mean_class)
+
+
+def _why(error: Exception) -> str:
+    """The first line of an error's text, or its kind."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -353,14 +375,14 @@ class TorchvisionSource:
         """All images, which are read once for their labels and their sums.
 
         Raises:
-            InputError: the set is empty, or an image is not of 8 bits.
+            InputError: the set is empty, or an image is missing, broken, without a label, or not of 8 bits.
         """
         labels, sums = [], []
+        read = partial(_item, name, dataset)
         with ThreadPoolExecutor(THREADS) as pool, progress(len(dataset), 0, f"reading {name}", show, "img") as bar:
-            for image, label in pool.map(dataset.__getitem__, range(len(dataset))):
-                pixels = plain(image)
+            for pixels, label in pool.map(read, range(len(dataset))):
                 sums.append(hashlib.sha256(repr(pixels.shape).encode() + np.ascontiguousarray(pixels).data).digest())
-                labels.append(int(label))
+                labels.append(label)
                 bar.update()
         if not labels:
             raise InputError(f"{name} holds no image: give {KINDS}")
@@ -370,9 +392,10 @@ class TorchvisionSource:
         return len(self.index)
 
     def batches(self, size: int) -> Iterator[list[Pixels]]:
+        read = partial(_item, self.name, self.dataset)
         with ThreadPoolExecutor(THREADS) as pool:
             for part in self.index.split(size):
-                yield [plain(image) for image, _ in pool.map(self.dataset.__getitem__, part.tolist())]
+                yield [pixels for pixels, _ in pool.map(read, part.tolist())]
 
     def where(self, index: int) -> str:
         return f"{self.name}, image {int(self.index[index])}"
@@ -385,6 +408,15 @@ class TorchvisionSource:
         kept = torch.tensor(list(index), dtype=torch.int64)
         sums = tuple(self.sums[i] for i in kept.tolist())
         return TorchvisionSource(self.name, self.dataset, self.index[kept], self.labels[kept], sums)
+
+
+def _item(name: str, dataset: Any, index: int) -> tuple[Pixels, int]:
+    """Pixels and label of an image of a torchvision set. InputError if it is missing, broken or has no label."""
+    try:
+        image, label = dataset[index]
+        return plain(image), int(label)
+    except Exception as error:  # of a decoder, or of an image without a label
+        raise InputError(f"{name}, image {index}, cannot be read: {_why(error)}") from None
 
 
 # ----------------------------------------------------------------------------- two sets together
@@ -418,6 +450,8 @@ def aligned(other: LabelledSet, train: LabelledSet, role: str) -> Tensor:
     Raises:
         InputError: a class of it is not among those that there are training images of.
     """
+    if other.classes == train.classes and set(other.labels.tolist()) <= set(train.labels.tolist()):
+        return other.labels  # even where two classes have one name, as ImageNet's cranes
     seen = {train.classes[c]: c for c in train.labels.unique().tolist()}
     names = [other.classes[c] for c in other.labels.unique().tolist()]
     strange = [name for name in names if name not in seen]
