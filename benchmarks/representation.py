@@ -3,26 +3,29 @@
 a  The same captions and numbers of images, by the one-step student, by its 50-step teacher, and real ones: StableRep,
    SynCLR, SimCLR, supervised by class, and captions as classes. Targets: StableRep on the student's images within 1
    point of StableRep on the teacher's, and above SimCLR on the same images; an image at 1/30 of the teacher's cost.
-b  Images that the student makes fresh in every step, against 10 stored ones of each caption.
-c  StableRep+ on n synthetic images against CLIP on 2.5 n real ones.
-d  m, the images of a caption in a step, on the student's images; the guidance scale, on the teacher's; beside the
-   diversity of the images within a caption, which is a mean cosine distance of features learnt from real images.
+b  Images that the student makes fresh in every step, against 10 stored ones of each caption: as many updates, the same
+   captions in each of them.
+c  StableRep+ on n synthetic images against CLIP on 2.5 n real ones: as many updates of as many images.
+d  m, the images of a caption in a step, on the student's images, at equal images of a step, whose captions are all
+   different; the guidance scale, on the teacher's; beside the diversity of the images within a caption, which is a mean
+   cosine distance of features learnt from real images.
 
 A world has real training images with captions, which teach the generator and the learners on real images, and a test
 part that nothing else sees; every figure is of frozen features on the real test part, by `dmd probe`. Captions of
 digits, CIFAR-10 and Fashion-MNIST are a class and attributes that are measured on the image; the student of these
 worlds is distilled here first, from a teacher that is taught here, by `train_dmd.py`. In `shapes`, both ship.
 
-Every run is a folder in --folder and is resumed or reused. Learners differ by seed; the images do not. Bars in the
-plot are the lowest and the highest seed. Flags after -- are for `train_dmd.py`.
+Every run is a folder in --folder and is resumed, or reused if its settings are the same. Learners differ by seed; the
+images do not. Bars in the plot are the lowest and the highest seed. Flags after -- are for `train_dmd.py`.
 """
 
 import json
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,15 +36,19 @@ from torch import Tensor
 
 from benchmarks import common
 from benchmarks.common import finish, say_machine
-from dmd import scoreboard
+from dmd import scoreboard, settings
+from dmd.cli import represent
 from dmd.cli.probe import ProbeOptions
 from dmd.cli.probe import probe as run_probe
 from dmd.data import images, shapes
 from dmd.data.groups import ImageGroups
 from dmd.data.images import ImageSet
+from dmd.errors import InputError
 from dmd.metrics.manifold import diversity
 from dmd.metrics.sources import Arrays
+from dmd.represent import config as learning
 from dmd.represent import features, sets
+from dmd.represent.config import Config
 from dmd.seeding import Stream, bits
 
 SHOWN = ("zero-shot", "diversity", "kNN-20", "linear", "RankMe")
@@ -151,8 +158,8 @@ def loaded(folder: Path, part: images.Split, quick: bool) -> ImageSet:
 
 
 def drawn_shapes(folder: Path, quick: bool) -> Real:
-    """4 drawings of each of 600 captions of single things."""
-    count, each = (24, 4) if quick else (600, 4)
+    """5 drawings of each of 600 captions of single things: 2.5 times as many as 2 of each, for experiment c."""
+    count, each = (24, 5) if quick else (600, 5)
     scenes: dict[str, shapes.Scene] = {}
     start = 0
     while len(scenes) < count:
@@ -180,6 +187,8 @@ WORLDS = {
     "cifar10": World(cifar10, None, "cifar10", "small"),
     "fashion": World(fashion, None, "fashion", "small", ("--channels", "1")),
 }  # fmt: skip
+HARMLESS = set(learning.RESUMABLE) - {"data", "captions", "student", "probe"}
+"""Options in which a run that is taken from its folder may differ from what is asked for."""
 QUICK = {
     "distil": [
         "--teach-steps", "60", "--pairs", "100", "--max-train-steps", "10", "--final-samples", "40",
@@ -292,11 +301,20 @@ class Bench:
         labels = torch.tensor([at[group.caption] for group in groups]).repeat_interleave(replicas)
         return ImageSet(pixels, labels, captions)
 
+    def shards(self, name: str, replicas: int, *flags: str) -> Path:
+        """The same as shards, of which a step has m images each of different captions, whatever their number."""
+        self.synthetic(name, replicas, *flags)
+        return self.folder / "shards" / name
+
     def seconds_per_image(self, name: str) -> float | None:
         """What an image of a data set cost to make, encoding included."""
         stats = [json.loads(f.read_text()) for f in (self.folder / "shards" / name).glob("*_stats.json")]
         made = sum(s["successes"] for s in stats)
         return sum(s["duration"] for s in stats) / made if made else None
+
+    def made(self) -> list[str]:
+        """Data sets that were made here; in any case experiment a's two."""
+        return sorted({"student", "teacher"} | {f.name for f in (self.folder / "shards").glob("*")})
 
     def replicas(self) -> int:
         """Images of each caption, so that synthetic sets have as many as there are real ones."""
@@ -327,16 +345,36 @@ class Bench:
 
     # ------------------------------------------------------------------------- learners and figures
 
+    def flags(self, name: str, method: str, seed: int, *flags: str) -> list[str]:
+        """Of `dmd represent` for a run; of a flag that comes twice the last one counts."""
+        own = self.world.synclr if method == "synclr" else ()
+        words = [*self.world.flags, *own, *flags, "--seed", str(seed), "--output-dir", str(self.run(name, seed))]
+        words += ["--probe", "None", "--cache-dir", str(self.folder / "cache"), *self.learn]
+        return [method, self.world.preset, *merged(words)]
+
+    def run(self, name: str, seed: int) -> Path:
+        return self.folder / "runs" / f"{name}-{seed}"
+
+    def is_learnt(self, name: str, method: str, seed: int, *flags: str) -> bool:
+        """Whether a run is there. Raises InputError if it is, but with other settings."""
+        run = self.run(name, seed)
+        if not (run / "summary.json").is_file():
+            return False
+        config = represent.parse(self.flags(name, method, seed, *flags), "dmd represent").config
+        settings.require_same(learning.read(run / "config.json"), config, HARMLESS, str(run))
+        return True
+
     def learnt(self, name: str, method: str, seed: int, *flags: str) -> dict[str, float]:
         """Train a backbone, or take it from its folder, and probe it on real images."""
-        run = self.folder / "runs" / f"{name}-{seed}"
-        if not (run / "summary.json").is_file():
-            # flags may come twice: the last one counts
-            own = self.world.synclr if method == "synclr" else ()
-            words = [*self.world.flags, *own, *flags, "--seed", str(seed), "--output-dir", str(run), "--probe", "None"]
-            words += ["--cache-dir", str(self.folder / "cache"), *self.learn]
-            self.dmd("represent", method, self.world.preset, *merged(words))
-        return self.probed(run, ("knn", "linear", "geometry"))
+        if not self.is_learnt(name, method, seed, *flags):
+            self.dmd("represent", *self.flags(name, method, seed, *flags))
+        return self.probed(self.run(name, seed), ("knn", "linear", "geometry"))
+
+    @cached_property
+    def views(self) -> int:
+        """Images of a step in the world's preset, whatever the method."""
+        data = learning.preset("clip", self.world.preset).data
+        return data.captions_per_batch * data.per_caption
 
     def probed(self, run: Path, probes: tuple[Any, ...]) -> dict[str, float]:
         """Figures of a run's frozen features on real images; zero-shot too where it has a text half."""
@@ -366,8 +404,42 @@ def merged(words: Sequence[str]) -> list[str]:
     return [part for flag, values in found.items() for part in (flag, *values)]
 
 
-Arm = Callable[[int], dict[str, float]]
-"""A seed to figures."""
+@dataclass(frozen=True)
+class Arm:
+    """A learner on a set of images, for any seed.
+
+    Attributes:
+        bench: where.
+        folder: its runs' name.
+        method: of `dmd represent`.
+        flags: of `dmd represent` beside the world's.
+        beside: figures of the images.
+    """
+
+    bench: Bench
+    folder: str
+    method: str
+    flags: tuple[str, ...]
+    beside: Mapping[str, float] = field(default_factory=dict)
+
+    def config(self, seed: int) -> Config:
+        return represent.parse(self._words(seed), "dmd represent").config
+
+    def _words(self, seed: int) -> list[str]:
+        return self.bench.flags(self.folder, self.method, seed, *self.flags)
+
+    def done(self, seed: int) -> bool:
+        """Raises InputError if a run is there with other settings."""
+        return self.bench.is_learnt(self.folder, self.method, seed, *self.flags)
+
+    def figures(self, seed: int) -> dict[str, float]:
+        """Trained or taken from its folder, and probed."""
+        return self.bench.learnt(self.folder, self.method, seed, *self.flags) | dict(self.beside)
+
+    def cost(self, seed: int) -> dict[str, Any]:
+        """What a run that is done has seen, and how long it took."""
+        summary = json.loads((self.bench.run(self.folder, seed) / "summary.json").read_text())
+        return {k: summary[k] for k in ("method", "updates", "images_seen", "views_seen", "seconds")}
 
 
 # ----------------------------------------------------------------------------- experiments
@@ -395,25 +467,21 @@ def experiment_a(bench: Bench) -> dict[str, Arm]:
         }  # fmt: skip
         for way, (method, images_of) in ways.items():
             folder = f"a-{name}-{way.replace(' ', '-').lower()}"
-            arms[f"{way}, {name}"] = learner(bench, folder, method, "--data", str(images_of))
+            arms[f"{way}, {name}"] = Arm(bench, folder, method, ("--data", str(images_of)))
     return arms
-
-
-def learner(bench: Bench, folder: str, method: str, *flags: str) -> Arm:
-    return lambda seed: bench.learnt(folder, method, seed, *flags)
 
 
 def experiment_b(bench: Bench) -> dict[str, Arm]:
     captions = len(bench.real.data.classes)
     size = ("--captions-per-batch", str(min(64, captions)), "--per-caption", "4")
-    stored = bench.synthetic(f"student-{REPLICAS}", REPLICAS)
+    stored = bench.shards(f"student-{REPLICAS}", REPLICAS)
     fresh = (
         "--online", "--student", bench.student(), "--captions", str(bench.captions()), "--data", "None",
         "--workers", "0",
     )  # fmt: skip
     return {
-        f"{REPLICAS} stored images of a caption": learner(bench, "b-stored", "stablerep", *size, "--data", str(stored)),
-        "fresh images in every step": learner(bench, "b-online", "stablerep", *size, *fresh),
+        f"{REPLICAS} stored images of a caption": Arm(bench, "b-stored", "stablerep", (*size, "--data", str(stored))),
+        "fresh images in every step": Arm(bench, "b-online", "stablerep", (*size, *fresh)),
     }
 
 
@@ -421,41 +489,41 @@ def experiment_c(bench: Bench) -> dict[str, Arm]:
     real, captions = bench.by_caption(), len(bench.real.data.classes)
     total = len(bench.real.data)
     each = max(2, int(total / 2.5) // captions)
-    n = each * captions
+    n, m = each * captions, min(4, each)
     synthetic = bench.synthetic(f"student-{each}", each)
     more, same = bench.some("real-more", real, round(2.5 * n)), bench.some("real-same", real, n)
-    size = ("--per-caption", str(min(4, each)))
+    size = ("--per-caption", str(m), "--captions-per-batch", str(bench.views // m))
     count = len(images.load(more, "train"))
     return {
-        f"StableRep+, {n:,} synthetic": learner(bench, "c-plus", "stablerep-plus", *size, "--data", str(synthetic)),
-        f"CLIP, {n:,} synthetic": learner(bench, "c-clip-synthetic", "clip", "--data", str(synthetic)),
-        f"CLIP, {n:,} real": learner(bench, "c-clip-same", "clip", "--data", str(same)),
-        f"CLIP, {count:,} real": learner(bench, "c-clip-more", "clip", "--data", str(more)),
+        f"StableRep+, {n:,} synthetic": Arm(bench, "c-plus", "stablerep-plus", (*size, "--data", str(synthetic))),
+        f"CLIP, {n:,} synthetic": Arm(bench, "c-clip-synthetic", "clip", ("--data", str(synthetic))),
+        f"CLIP, {n:,} real": Arm(bench, "c-clip-same", "clip", ("--data", str(same))),
+        f"CLIP, {count:,} real": Arm(bench, "c-clip-more", "clip", ("--data", str(more))),
     }
 
 
 def experiment_d(bench: Bench) -> dict[str, Arm]:
+    """A step has each caption once, so that an image has m - 1 positives and no more; with few captions it is small."""
     judge = bench.by_class("real", bench.by_caption())
     bench.learnt("a-real-supervised", "supervised", 0, "--data", str(judge))
-    net = features.load(str(bench.folder / "runs" / "a-real-supervised-0"))
+    net = features.load(str(bench.run("a-real-supervised", 0)))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    views = min(bench.views, min(M) * len(bench.real.data.classes))
 
-    def arm(folder: str, data: Path, m: int) -> Arm:
-        found = images.load(data, "train")
-        source = Arrays.of(data.stem, found)
-        cache_dir = bench.folder / "cache" / "features"
-        x = features.features(source, net, cache_dir, device, 256, True)
-        apart = diversity(x, found.labels)
-        size = ("--per-caption", str(m), "--captions-per-batch", str(256 // m))
-        return lambda seed: bench.learnt(folder, "stablerep", seed, *size, "--data", str(data)) | {"diversity": apart}
+    def arm(folder: str, m: int, name: str, replicas: int, *flags: str) -> Arm:
+        data = bench.shards(name, replicas, *flags)
+        found = images.load(bench.synthetic(name, replicas, *flags), "train")
+        x = features.features(Arrays.of(name, found), net, bench.folder / "cache" / "features", device, 256, True)
+        size = ("--per-caption", str(m), "--captions-per-batch", str(views // m))
+        beside = {"diversity": diversity(x, found.labels)}
+        return Arm(bench, folder, "stablerep", (*size, "--data", str(data)), beside)
 
     count = max(bench.replicas(), max(M))
-    student = bench.synthetic(f"student-{count}", count)
-    arms = {f"m = {m}, student": arm(f"d-m{m}", student, m) for m in M}
+    arms = {f"m = {m}, student": arm(f"d-m{m}", m, f"student-{count}", count) for m in M}
     for scale in GUIDANCE[::3] if bench.quick else GUIDANCE:
         steps = ("--teacher", "--steps", str(4 if bench.quick else TEACHER_STEPS), "--guidance-scale", f"{scale:g}")
-        data = bench.synthetic(f"teacher-w{scale:g}", max(4, bench.replicas()), *steps)
-        arms[f"w = {scale:g}, teacher, m = 4"] = arm(f"d-w{scale:g}", data, 4)
+        name = f"teacher-w{scale:g}"
+        arms[f"w = {scale:g}, teacher, m = 4"] = arm(f"d-w{scale:g}", 4, name, max(4, bench.replicas()), *steps)
     return arms
 
 
@@ -466,7 +534,7 @@ EXPERIMENTS = {"a": experiment_a, "b": experiment_b, "c": experiment_c, "d": exp
 
 
 def summarised(found: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, dict[str, float]]]:
-    """Arm, figure: mean, deviation, lowest and highest of the seeds."""
+    """Arm, figure that all seeds have: mean, deviation, lowest and highest of the seeds."""
     return {
         arm: {
             name: {
@@ -474,6 +542,7 @@ def summarised(found: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, 
                 "low": min(v), "high": max(v),
             }
             for name in runs[0]
+            if all(name in run for run in runs)
             for v in [[run[name] for run in runs]]
         }
         for arm, runs in found.items()
@@ -511,6 +580,42 @@ def chart(experiment: str, world: str, seeds: Sequence[int], arms: Mapping[str, 
     return scoreboard.svg(rows, title, "Bars: lowest and highest seed.")
 
 
+def measured(arms: Mapping[str, Arm], seeds: Sequence[int]) -> dict[str, list[dict[str, float]]]:
+    """Figures of every arm and seed, with the time that is left.
+
+    Raises:
+        InputError: a run is there, but with other settings; before any is trained.
+    """
+    todo = [name for name, arm in arms.items() for seed in seeds if not arm.done(seed)]
+    steps = sorted({arm.config(seeds[0]).learn.max_train_steps for arm in arms.values()})
+    updates = " or ".join(f"{count:,}" for count in steps)
+    print(f"{len(arms) * len(seeds)} learners of {updates} updates, {len(todo)} of them to be trained", flush=True)
+    seconds: dict[str, list[float]] = {}
+    found: dict[str, list[dict[str, float]]] = {}
+    for name, arm in arms.items():
+        for seed in seeds:
+            started, was_there = time.monotonic(), arm.done(seed)
+            found.setdefault(name, []).append(arm.figures(seed))
+            if not was_there:
+                seconds.setdefault(name, []).append(time.monotonic() - started)
+                todo.remove(name)
+                rest = time_left(seconds, todo) / 60
+                print(f"{name}, seed {seed}: {seconds[name][-1]:.0f} s; {len(todo)} to go, about {rest:.0f} min")
+    return found
+
+
+def time_left(seconds: Mapping[str, Sequence[float]], todo: Sequence[str]) -> float:
+    """Seconds for what is to be trained: as earlier seeds of the same arm took, or as all took in the mean.
+
+    Args:
+        seconds: by arm, of those that were trained; at least one.
+        todo: arms, as often as they are to be trained.
+    """
+    mean = {name: statistics.mean(times) for name, times in seconds.items()}
+    usual = statistics.mean(time for times in seconds.values() for time in times)
+    return sum(mean.get(name, usual) for name in todo)
+
+
 def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--experiment", choices=list(EXPERIMENTS), default="a")
@@ -535,7 +640,10 @@ def main() -> None:
         arms = {name: arm for name, arm in arms.items() if name.startswith(tuple(options.only))}
         if not arms:
             parser.error(f"no arm of experiment {options.experiment} begins with {' or '.join(options.only)}")
-    found = {name: [arm(seed) for seed in options.seeds] for name, arm in arms.items()}
+    try:
+        found = measured(arms, options.seeds)
+    except InputError as error:
+        parser.error(str(error))
     results = summarised(found)
     shown = [name for name in SHOWN if any(name in row for row in results.values())]
     print(f"{'':36}" + "".join(f"{name:>18}" for name in shown))
@@ -552,7 +660,8 @@ def main() -> None:
     whole = {
         "experiment": options.experiment, "world": options.world, "quick": options.quick, "seeds": options.seeds,
         "train_images": len(bench.real.data), "captions": len(bench.real.data.classes),
-        "seconds_per_image": {name: bench.seconds_per_image(name) for name in ("student", "teacher")},
+        "seconds_per_image": {name: bench.seconds_per_image(name) for name in bench.made()},
+        "learners": {name: [arm.cost(seed) for seed in options.seeds] for name, arm in arms.items()},
         "arms": results, "targets": targets,
     }  # fmt: skip
     finish("representation", whole, options.json)
