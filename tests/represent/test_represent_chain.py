@@ -24,9 +24,8 @@ from dmd.represent import chain as chains
 from dmd.represent import config as options
 from dmd.represent.backbones import load_backbone
 from dmd.represent.chain import shape_captions
-from dmd.represent.config import METHODS, PRESETS, check, preset
+from dmd.represent.config import METHODS, preset
 from dmd.represent.text import load_text
-from dmd.settings import require_same, to_json
 
 ROOT = Path(__file__).parents[2]
 TINY = [
@@ -228,7 +227,7 @@ def test_a_run_is_resumed_with_the_same_images_only(tmp_path, pictures):
         run("simclr", folder, pictures)
 
 
-def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, pictures):
+def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, pictures, capsys):
     alone = tmp_path / "alone"
     alone.mkdir()
     Image.new("RGB", (8, 8)).save(alone / "a.png")
@@ -271,6 +270,10 @@ def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, pictures):
             "--probe", str(tmp_path / "parts"), data="digits")  # fmt: skip
     refused("--crop-scale is 0.5 0.2", "simclr", "--crop-scale", "0.5", "0.2")
     refused("there is no method 'dino'", "dino")
+    refused("--data .* does not say which captions it was made of", "stablerep", "--captions", str(one))
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["stablerep", "--data", str(alone), *TINY, "--output-dir", str(out)])
+    assert stopped.value.code == 2 and "images of one caption only" in capsys.readouterr().err
     argv = ["stablerep", *TINY, "--output-dir", str(out)]
     for more, sentence in (
         (["--captions", str(one)], "one caption only, 'a caption'"),
@@ -281,34 +284,6 @@ def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, pictures):
         with pytest.raises(InputError, match=sentence):
             cli.represent([*argv, *more], "dmd represent")
     assert not out.exists()
-
-
-def test_every_preset_is_valid_and_survives_json(tmp_path):
-    for method in METHODS:
-        for name in PRESETS:
-            config = preset(method, name)
-            check(config)
-            (tmp_path / "config.json").write_text(json.dumps(to_json(config)))
-            again = options.read(tmp_path / "config.json")
-            require_same(again, config, (), "")
-            assert again == config
-            if method != "synclr":  # all see as many views in a step
-                seen = config.data.captions_per_batch * options.views(config)
-                assert (
-                    seen
-                    == preset("stablerep", name).data.captions_per_batch * preset("stablerep", name).data.per_caption
-                )
-
-
-def test_the_papers_settings():
-    """StableRep on CC12M: 1,376 captions of 6 images, learning rate 3.2e-3; SynCLR: 8,192 of 4, 2e-3."""
-    one, two = preset("stablerep", "paper"), preset("synclr", "paper")
-    assert one.data.captions_per_batch * one.data.per_caption == 8256
-    assert one.learn.learning_rate == pytest.approx(3.2e-3, rel=0.01) and one.learn.temperature == 0.1
-    assert (one.learn.weight_decay, one.learn.adam_beta2, one.learn.head_hidden) == (0.1, 0.98, 4096)
-    assert two.data.captions_per_batch * two.data.per_caption == 32768 and two.learn.learning_rate == 2e-3
-    assert (two.learn.weight_decay, two.learn.weight_decay_end, two.learn.temperature) == (0.04, 0.2, 0.08)
-    assert two.teacher.prototypes == 65536 and two.learn.warmup * two.learn.max_train_steps == 80_000
 
 
 def test_captions_of_shapes_are_different_and_begin_alike():
