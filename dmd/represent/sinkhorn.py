@@ -25,15 +25,15 @@ def assignments(logits: Tensor, temperature: float, iterations: int = 3) -> Tens
         iterations: how many times both are done.
     """
     with torch.autocast(logits.device.type, enabled=False):
-        logs = full(logits) / temperature
+        logs = full(logits) / temperature  # of a step's tensors the largest, so what follows is in place
         for _ in range(iterations):
-            logs = logs - _columns(logs)
-            logs = logs - logs.logsumexp(1, keepdim=True)
-        return logs.exp()
+            logs -= _columns(logs)
+            logs -= logs.logsumexp(1, keepdim=True)
+        return logs.exp_()
 
 
 def _columns(logs: Tensor) -> Tensor:
     """log of the sum of exponentials of each column over all processes, (K,)."""
     top = logs.amax(0) if len(logs) else logs.new_full(logs.shape[1:], torch.finfo(logs.dtype).min)
     top = processes.largest(top)
-    return processes.total((logs - top).exp().sum(0)).log() + top
+    return processes.total((logs - top).exp_().sum(0)).log() + top
