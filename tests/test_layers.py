@@ -46,6 +46,7 @@ HEAVY = {
     "timm",
     "peft",
     "vector_quantize_pytorch",
+    "open_clip",
 }
 """Imported inside the function that uses them, so that commands which do without start fast and need no extras."""
 

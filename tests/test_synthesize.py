@@ -26,6 +26,7 @@ from dmd.data.images import to_uint8
 from dmd.generate import REPLICAS, caption_source, guided_steps, student_generator
 from dmd.solvers import one_step
 from dmd.teachers import pixel
+from tests import tiny_clips
 
 ROOT = Path(__file__).parents[1]
 CONFIG = pixel.PixelConfig(("a", "b", "c"), 3, 8, 8, (1,), 1, (False,))
@@ -124,24 +125,11 @@ def test_diversity_is_printed_beside_the_teachers(run, tmp_path, capsys):
     assert found["teacher"]["lpips"] != found["this data set"]["lpips"]
 
 
-def save_clip(folder):
-    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
-
-    words = tiny.write_tokenizer(folder / "tok")
-    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    ends = {"bos_token_id": words - 2, "eos_token_id": words - 1, "pad_token_id": words - 1}
-    text, vision = {"vocab_size": words} | small | ends, {"image_size": 16, "patch_size": 8} | small
-    torch.manual_seed(0)
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder / "clip")
-    CLIPTokenizer.from_pretrained(folder / "tok").save_pretrained(folder / "clip")
-    return folder / "clip"
-
-
 def test_clip_scores_are_stored_and_low_ones_left_out(run, tmp_path, capsys):
     """Scores against transformers' own logits; half of the images pass their median."""
     from transformers import CLIPModel, CLIPTokenizer
 
-    folder = save_clip(tmp_path)
+    folder = tiny_clips.of_transformers(tmp_path / "clip", preprocessing=False)
     command.main(flags(run, tmp_path / "all", "--clip", str(folder)))
     model, tokenizer = CLIPModel.from_pretrained(folder).eval(), CLIPTokenizer.from_pretrained(folder)
     scores = {}
@@ -151,7 +139,7 @@ def test_clip_scores_are_stored_and_low_ones_left_out(run, tmp_path, capsys):
                 facts = json.loads(archive.extractfile(name).read())
                 scores[facts["caption_id"], facts["replica"]] = facts["clip_score"]
     image = expected(run, 1, "b", 2, 0).float() / 255
-    x = torch.nn.functional.interpolate(image[None], (16, 16), mode="bicubic", antialias=True).clamp(0, 1)
+    x = torch.nn.functional.interpolate(image[None], (32, 32), mode="bicubic", antialias=True).clamp(0, 1)
     mean, std = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
     x = (x - mean[:, None, None]) / std[:, None, None]
     with torch.no_grad():
@@ -195,7 +183,7 @@ WRONG = {
     "score without a model": (["--min-clip-score", "0.2"], "needs --clip"),
     "a worker alone": (["--worker", "1"], "--worker and --workers go together"),
     "worker out of range": (["--worker", "2", "--workers", "2"], "--worker is 2 and --workers 2"),
-    "no clip": (["--clip", "/nowhere"], "--clip is /nowhere"),
+    "no clip": (["--clip", "/nowhere"], "the CLIP /nowhere cannot be had"),
     "diversity of one": (["--replicas", "1", "--diversity", "2"], "give --replicas 2 or more"),
     "device": (["--device", "tpu9"], "--device is 'tpu9'"),
     "seed": (["--seed", "-4"], "--seed is -4"),

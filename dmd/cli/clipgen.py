@@ -147,7 +147,7 @@ class SampleOptions:
     tokenizer: str | None = None
     """Folder of its tokenizer, if that does not lie in the model's."""
     clip: str | None = None
-    """Folder or hub id of its CLIP, if that is no longer where the model was trained with it."""
+    """Its CLIP, named as in training, if it is no longer where the model was trained with it."""
     centre_prompts: str | None = None
     """File of captions whose mean is taken from text embeddings, for a CLIP that brings no mean along."""
     seeds: str = "0-7"

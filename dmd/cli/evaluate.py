@@ -64,9 +64,8 @@ class EvaluateOptions:
     guidance_scale: float | None = None
     """Of many steps: uncond + s (cond - uncond). Left out, the run's, or 1."""
     clip: str | None = None
-    """A CLIP that scores images against their captions: a folder or id for transformers, or open_clip:ViT-g-14."""
-    clip_weights: str | None = None
-    """File with the weights of open_clip:NAME."""
+    """A CLIP that scores images against their captions: a folder or hub id of transformers, open_clip:ViT-g-14,
+    open_clip:NAME:TAG_OR_FILE, or open_clip:FOLDER_OR_ID."""
     clip_prefix: str = ""
     """Put before every caption; DMD2 takes "A photo depicts "."""
     read_captions: bool = False
@@ -113,8 +112,8 @@ def check(options: EvaluateOptions) -> None:
         raise InputError(f"--protocol {o.protocol} has a network of its own: leave out --network, or --protocol")
     if o.weights is not None and o.protocol is None and o.network is None:
         raise InputError("--weights are for --protocol or --network: give one of them")
-    if o.clip is None and (o.clip_weights is not None or o.clip_prefix):
-        raise InputError("--clip-weights and --clip-prefix are for --clip: give it")
+    if o.clip is None and o.clip_prefix:
+        raise InputError("--clip-prefix is for --clip: give it")
     out = Path(o.out)
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file: give a folder as --out")
@@ -125,6 +124,7 @@ def evaluate(options: EvaluateOptions) -> None:
     check(options)
     from dmd import build, checkpoint, scoreboard
     from dmd.metrics import assess, protocols
+    from dmd.metrics import clip as clips
 
     place = build.start(RunOptions(cpu=options.cpu, mixed_precision=options.mixed_precision))
     if not place.main:
@@ -135,7 +135,7 @@ def evaluate(options: EvaluateOptions) -> None:
     found = [_sources(name, options, run, protocol, place) for name, run in zip(options.what, runs, strict=True)]
     measured = [source for each in found for source in each]
     extractor, reference, against = _yardstick(options, config, protocol, place)
-    clip = _clip(options, protocol, place)
+    clip = None if options.clip is None else clips.load(options.clip, place.device, options.download)
     agree = options.read_captions or options.prompts == "shapes"
     agree = agree or (options.prompts is None and config is not None and config.data.prompts == "shapes")
     if extractor is None and clip is None and not agree:
@@ -149,7 +149,7 @@ def evaluate(options: EvaluateOptions) -> None:
         if extractor is not None:
             each["features"] = assess.features(source, extractor, before, place.device)
         if clip is not None:
-            each["clip"] = assess.clip_cosines(source, clip)
+            each["clip"] = assess.clip_cosines(source, clip, options.clip_prefix, before)
         if agree:
             each["captions"] = assess.caption_hits(source)
         looks.append(each)
@@ -181,7 +181,7 @@ def evaluate(options: EvaluateOptions) -> None:
         "network": None if extractor is None else {"name": extractor.network, "resizing": extractor.resizing},
         "weights": None if extractor is None else checkpoint.digest(extractor.net),
         "reference": against,
-        "clip": None if clip is None else {"name": clip.name, "prefix": clip.prefix},
+        "clip": None if clip is None else {"name": clip.name, "weights": clip.digest(), "prefix": options.clip_prefix},
         "seed": options.seed,
         "bootstrap": options.bootstrap,
         "results": results,
@@ -394,17 +394,6 @@ def _yardstick(
     if protocol is protocols.DINOV2:
         extractor = replace(extractor, label=protocol.label)
     return extractor, reference, {"name": source.name, "samples": reference.count, "sha256": content}
-
-
-def _clip(options: EvaluateOptions, protocol: "Protocol | None", place: "Workplace") -> Any:
-    if options.clip is None:
-        return None
-    from dmd.metrics import clip_score, protocols
-
-    weights = Path(options.clip_weights) if options.clip_weights else None
-    clip = clip_score.load(options.clip, weights, options.download, place.device)
-    before = protocol.before if protocol else protocols.as_it_is
-    return replace(clip, prefix=options.clip_prefix, before=before)
 
 
 def _label(

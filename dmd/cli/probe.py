@@ -59,8 +59,8 @@ class ProbeOptions:
     tasks: int = 600
     """Few-shot tasks."""
     text: str | None = None
-    """The text half for zero-shot classification: a CLIP of transformers (folder or id) or open_clip:NAME. Left out,
-    that of the run, or of the CLIP that is probed."""
+    """The text half for zero-shot classification: a CLIP of transformers (folder or hub id), open_clip:NAME,
+    open_clip:NAME:TAG_OR_FILE or open_clip:FOLDER_OR_ID. Left out, that of the run, or of the CLIP that is probed."""
     templates: str | None = None
     """File of prompt templates, a line each, with {} where the class belongs."""
     image_size: int | None = None
@@ -267,7 +267,6 @@ def _texts(options: ProbeOptions, name: str, net: "Frozen", place: "Workplace") 
         if asked:
             raise InputError(f"{name} has no text half, which zero-shot classification needs: give --text")
         return None
-    from dmd.metrics import clip_score
+    from dmd.metrics import clip
 
-    clip = clip_score.load(source, None, options.download, place.device)
-    return (lambda x: x), clip.embed_texts
+    return (lambda x: x), clip.load(source, place.device, options.download).texts

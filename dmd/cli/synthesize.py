@@ -58,7 +58,8 @@ class SynthesizeOptions:
     seed: int = 0
     """Another seed makes other images."""
     clip: str | None = None
-    """Folder or hub id of a CLIP model that scores image and caption; the scores are stored."""
+    """A CLIP that scores image and caption: a folder or hub id of transformers, open_clip:NAME,
+    open_clip:NAME:TAG_OR_FILE, or open_clip:FOLDER_OR_ID. The scores are stored."""
     min_clip_score: float | None = None
     """Leave out images whose cosine with their caption is below this, such as 0.2."""
     writers: int = 0
@@ -227,10 +228,11 @@ def build(options: SynthesizeOptions, captions: list[str] | None = None) -> "Job
     }  # fmt: skip
     keep, dropping = None, {}
     if o.clip is not None:
-        from dmd.metrics.clip import Clip
+        from dmd.metrics import clip as clips
+        from dmd.metrics import clip_score
 
-        clip = Clip(o.clip, device)
-        keep = Filter(clip.score, -1.0 if o.min_clip_score is None else o.min_clip_score)
+        clip = clips.load(o.clip, device, download=True)
+        keep = Filter(partial(clip_score.of_tensors, clip), -1.0 if o.min_clip_score is None else o.min_clip_score)
         dropping = {"clip": clip.digest(), "at_least": keep.at_least}
     spec = Spec(
         text_digest(captions), len(captions), o.replicas, o.seed, source, o.resize, o.image_format,

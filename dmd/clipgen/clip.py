@@ -1,4 +1,4 @@
-"""CLIP: images and texts into one space. One that others have trained (transformers' format), or a small one of ours.
+"""CLIP: images and texts into one space. One that others have trained (`dmd.metrics.clip`), or a small one of ours.
 
 Radford et al. 2021 (arXiv 2103.00020). Every path here takes images in [-1, 1] and applies the network's own mean and
 deviation itself; embeddings are float32 and of length one.
@@ -20,12 +20,12 @@ from dmd.clipgen.networks import ConvSizes, Encoder, sizes_from
 from dmd.clipgen.tokenizer import Update
 from dmd.ema import Ema
 from dmd.errors import InputError
+from dmd.metrics import clip as pretrained
 from dmd.teachers import stable_diffusion
 from dmd.teachers.stable_diffusion import TextEncoder
 
 CONFIG, WEIGHTS, WORDS = "config.json", "model.safetensors", "tokenizer"
 KIND = "dmd-small-clip"
-OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 MAX_LOGIT_SCALE = 4.6052  # ln 100
 TEXT_HEADS = 4
 SQUEEZED = 16  # channels of each place of the grid before all places are joined
@@ -57,46 +57,6 @@ class Clip(Protocol):
 
     def digest(self) -> str:
         """SHA-256 of all weights."""
-
-
-class PretrainedClip:
-    """transformers' CLIPModel.
-
-    Args:
-        model: frozen, on its device.
-        tokenizer: its CLIPTokenizer.
-        mean, std: per channel, of images in [0, 1].
-    """
-
-    text_mean = None
-
-    def __init__(self, model: Any, tokenizer: Any, mean: Sequence[float], std: Sequence[float], name: str):
-        self.model = model
-        self.tokenizer = tokenizer
-        self.name = name
-        self.width = int(model.config.projection_dim)
-        self._mean = torch.tensor(tuple(mean), device=model.device).reshape(-1, 1, 1)
-        self._std = torch.tensor(tuple(std), device=model.device).reshape(-1, 1, 1)
-
-    def images(self, images: Tensor) -> Tensor:
-        size = self.model.config.vision_config.image_size
-        x = (images.float() + 1.0) / 2.0
-        if tuple(x.shape[-2:]) != (size, size):
-            x = F.interpolate(x, (size, size), mode="bicubic", antialias=True).clamp(0.0, 1.0)
-        pooled = self.model.vision_model(pixel_values=((x - self._mean) / self._std).to(self.model.dtype))[1]
-        return F.normalize(self.model.visual_projection(pooled).float(), dim=-1)
-
-    @torch.no_grad()
-    def texts(self, texts: Sequence[str]) -> Tensor:
-        length = self.model.config.text_config.max_position_embeddings
-        tokens = self.tokenizer(
-            list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        )
-        pooled = self.model.text_model(input_ids=tokens.input_ids.to(self.model.device))[1]
-        return F.normalize(self.model.text_projection(pooled).float(), dim=-1)
-
-    def digest(self) -> str:
-        return checkpoint.digest(self.model)
 
 
 # ----------------------------------------------------------------------------- a small one
@@ -249,16 +209,14 @@ def save(net: SmallClipNet, folder: Path) -> None:
 
 
 def load(source: str | Path, device: torch.device) -> Clip:
-    """A frozen CLIP: the folder of a small one, or a folder or hub id in transformers' format.
-
-    Only safetensors are read, and no code but that of transformers runs.
+    """A frozen CLIP: the folder of a small one, or one that others have trained, see `dmd.metrics.clip.load`.
 
     Raises:
         InputError: there is none, it cannot be had, or it is damaged.
     """
     if Path(source).is_dir() and _is_small(Path(source)):
         return _load_small(Path(source), device)
-    return _load_pretrained(str(source), device)
+    return pretrained.load(str(source), device, download=True)
 
 
 def _is_small(folder: Path) -> bool:
@@ -280,38 +238,6 @@ def _load_small(folder: Path, device: torch.device) -> SmallClip:
     words = stable_diffusion.tokenizer(folder / WORDS)
     net = net.to(device).to(memory_format=torch.channels_last)
     return SmallClip(net.eval().requires_grad_(False), words)
-
-
-def _load_pretrained(source: str, device: torch.device) -> PretrainedClip:
-    from transformers import CLIPModel, CLIPTokenizer
-
-    try:
-        loaded: Any = CLIPModel.from_pretrained(source, use_safetensors=True, output_loading_info=True)
-        model, info = loaded
-        tokenizer = CLIPTokenizer.from_pretrained(source)
-    except Exception as error:  # transformers raises whatever its readers raise
-        reason = str(error).split("\n")[0].strip()
-        raise InputError(
-            f"{source} cannot be loaded as a CLIP ({reason}): give a folder or hub id of transformers' CLIPModel with "
-            f"safetensors, or the folder of a small CLIP"
-        ) from None
-    if info["missing_keys"]:
-        raise InputError(f"{source} is no CLIP: it lacks the weights of {sorted(info['missing_keys'])[0]}")
-    mean, std = _normalisation(source)
-    frozen = model.to(device).eval().requires_grad_(False)
-    return PretrainedClip(frozen, tokenizer, mean, std, f"CLIP-{Path(source).name}")
-
-
-def _normalisation(source: str) -> tuple[Sequence[float], Sequence[float]]:
-    """Mean and deviation of the images that a network was trained on; OpenAI's where its folder says nothing."""
-    from transformers.utils import cached_file
-
-    try:
-        path = cached_file(source, "preprocessor_config.json")
-        raw = json.loads(Path(str(path)).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return OPENAI_MEAN, OPENAI_STD
-    return raw.get("image_mean", OPENAI_MEAN), raw.get("image_std", OPENAI_STD)
 
 
 # ----------------------------------------------------------------------------- training

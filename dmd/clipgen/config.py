@@ -80,8 +80,9 @@ class ClipOptions:
     """The encoder of images and texts into one space."""
 
     clip: str | None = None
-    """Folder or hub id of a CLIP (transformers' format), or folder of a small CLIP. Left out, a small one is taught
-    here on captioned images, once, and cached."""
+    """A CLIP that others have trained: a folder or hub id of transformers, open_clip:NAME, open_clip:NAME:TAG_OR_FILE,
+    or open_clip:FOLDER_OR_ID; or the folder of a small CLIP. Left out, a small one is taught here on captioned images,
+    once, and cached."""
     clip_patch: int = 2
     clip_widths: tuple[int, ...] = (32, 64, 96)
     clip_blocks: int = 1

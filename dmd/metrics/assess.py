@@ -22,10 +22,10 @@ from dmd.data.images import to_float
 from dmd.data.shapes import Scene
 from dmd.errors import InputError
 from dmd.log import progress
-from dmd.metrics import bootstrap, caption, sources
+from dmd.metrics import bootstrap, caption, clip_score, sources
 from dmd.metrics.backbones import Extractor
 from dmd.metrics.bootstrap import Statistic, mean_of
-from dmd.metrics.clip_score import Clip
+from dmd.metrics.clip import PretrainedClip
 from dmd.metrics.evaluate import MANIFOLD_SAMPLES, Reference, spread
 from dmd.metrics.frechet import Moments, frechet_distance, moments, resampled_distance
 from dmd.metrics.kernel import kernel_distance, resampled_kernel_distance
@@ -111,10 +111,12 @@ def features(source: Source, extractor: Extractor, before: Step, device: torch.d
     return see
 
 
-def clip_cosines(source: Source, clip: Clip) -> Look:
-    """Cosines (B,) of images and their captions. InputError if the source has none."""
+def clip_cosines(source: Source, clip: PretrainedClip, prefix: str, before: Step) -> Look:
+    """Cosines (B,) of images and their captions, see `clip_score.of_pixels`. InputError if the source has none."""
     captions = _captions(source, "a CLIP score")
-    return lambda images, first: clip.cosines(images, captions[first : first + len(images)])
+    return lambda images, first: clip_score.of_pixels(
+        clip, images, captions[first : first + len(images)], prefix, before
+    )
 
 
 def caption_hits(source: Source) -> Look:

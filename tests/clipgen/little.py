@@ -31,20 +31,6 @@ def transformer(config=SHAPE):
     return seeded(lambda: ConditionalTransformer(config)).eval()
 
 
-def pretrained_clip(folder, words, count):
-    """A tiny CLIPModel of transformers in a folder as on the hub, with the tokenizer of `count` tokens in `words`."""
-    from transformers import CLIPConfig, CLIPModel
-
-    common = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = common | {"vocab_size": count, "max_position_embeddings": 8, "bos_token_id": count - 2}
-    text |= {"eos_token_id": count - 1, "pad_token_id": count - 1}
-    vision = common | {"image_size": 24, "patch_size": 8}
-    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)
-    seeded(lambda: CLIPModel(config)).save_pretrained(folder)
-    for file in words.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-
-
 def run(folder, task, batches, steps, accelerator, checkpoint=0):
     """Train to a step; a later call with more steps goes on."""
     return Run(folder, task, batches, Cadence(steps, 1, checkpoint), accelerator).train()

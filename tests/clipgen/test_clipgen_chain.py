@@ -33,6 +33,7 @@ from dmd.errors import InputError
 from dmd.plots import show
 from dmd.settings import to_json
 from dmd.teachers import miniature
+from tests import tiny_clips
 from tests.stub import job
 
 TINY = [
@@ -251,11 +252,12 @@ def test_a_synthetic_data_set_supplies_images_and_captions(tmp_path, capsys):
 
 
 @pytest.mark.skipif(not TRUNK.is_file(), reason="needs LPIPS' AlexNet in $DMD_TEST_DATA/lpips")
-def test_real_pictures_with_a_clip_of_others(tmp_path, pictures, capsys):
-    """`dmd clipgen train emoji` with transformers' CLIP, LPIPS, a discriminator and the embedding loss; the model keeps
-    the mean of the texts that it was given, so that sampling needs no captions."""
-    words = tmp_path / "words"
-    little.pretrained_clip(tmp_path / "clip", words, miniature.write_tokenizer(shapes.words(), 8, words))
+@pytest.mark.parametrize("kind", ["transformers", "open_clip"])
+def test_real_pictures_with_a_clip_of_others(tmp_path, pictures, capsys, kind):
+    """`dmd clipgen train emoji` with others' CLIP, LPIPS, a discriminator and the embedding loss; the model keeps the
+    mean of the texts that it was given, so that sampling needs no captions."""
+    make = {"transformers": tiny_clips.of_transformers, "open_clip": tiny_clips.of_open_clip}[kind]
+    clip = ("open_clip:" if kind == "open_clip" else "") + str(make(tmp_path / "clip"))
     (tmp_path / "test").mkdir()
     lines = []
     for i in range(12):
@@ -266,7 +268,7 @@ def test_real_pictures_with_a_clip_of_others(tmp_path, pictures, capsys):
     others = tmp_path / "others.txt"
     others.write_text("a green star\na pink ring\na small square\n")
     argv = [
-        "train", "emoji", "--data", str(pictures), "--test", str(tmp_path / "test"), "--clip", str(tmp_path / "clip"),
+        "train", "emoji", "--data", str(pictures), "--test", str(tmp_path / "test"), "--clip", clip,
         "--centre-prompts", str(others), *EMOJI, "--lpips-weights", str(TRUNK), "--adversarial", "0.8",
         "--adversarial-from", "1", "--embedding-weight", "0.5", "--candidates", "2", "--final-samples", "16",
         "--cache-dir", str(tmp_path / "cache"), "--output-dir", str(tmp_path / "run"),

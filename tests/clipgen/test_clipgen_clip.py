@@ -1,6 +1,5 @@
-"""CLIP: its loss by a naive loop, parity with transformers' own preprocessing, and a small one that learns."""
+"""CLIP: its loss by a naive loop, those of others by name, and a small one that learns."""
 
-import json
 import math
 
 import little
@@ -14,11 +13,12 @@ from dmd.clipgen.clip import CaptionBatch, Contrasting, SmallClip, SmallClipConf
 from dmd.clipgen.networks import ConvSizes
 from dmd.ema import Ema
 from dmd.errors import InputError
+from dmd.metrics import clip as metrics_clip
 from dmd.run import clip_and_check
 from dmd.teachers import miniature, stable_diffusion
+from tests import tiny_clips
 
 WORDS = ["a", "blue", "green", "red", "square"]
-MEAN, STD = [0.1, 0.5, 0.9], [0.2, 0.3, 0.4]
 
 
 @pytest.fixture(scope="module")
@@ -26,20 +26,6 @@ def words(tmp_path_factory):
     """(folder, token count) of a tokenizer that knows `WORDS`."""
     folder = tmp_path_factory.mktemp("words")
     return folder, miniature.write_tokenizer(WORDS, 8, folder)
-
-
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory, words):
-    """A folder as on the hub: a tiny CLIPModel, its tokenizer, and a mean and deviation of its own."""
-    folder, (source, count) = tmp_path_factory.mktemp("clip"), words
-    little.pretrained_clip(folder, source, count)
-    preprocessing = {
-        "image_processor_type": "CLIPImageProcessor", "image_mean": MEAN, "image_std": STD, "do_resize": True,
-        "size": {"shortest_edge": 24}, "do_center_crop": True, "crop_size": {"height": 24, "width": 24},
-        "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "resample": 3, "do_convert_rgb": True,
-    }  # fmt: skip
-    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing))
-    return folder
 
 
 def naive(image, text, scale, captions):
@@ -63,42 +49,19 @@ def test_the_contrastive_loss_is_that_of_a_naive_loop(rng, captions):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("size", [24, 32])
-def test_a_pretrained_clip_sees_what_transformers_would_show_it(pretrained, rng, size):
-    """The same embeddings as by CLIPImageProcessor, also where images must be resized (to rounding of PIL's levels)."""
-    from PIL import Image
-    from transformers import CLIPImageProcessor, CLIPModel
-
-    pixels = torch.randint(0, 256, (2, size, size, 3), generator=rng, dtype=torch.uint8)
-    pixels = torch.nn.functional.avg_pool2d(pixels.permute(0, 3, 1, 2).float(), 3, 1, 1).round().to(torch.uint8)
-    encoder = clips.load(pretrained, torch.device("cpu"))
-    got = encoder.images(pixels.float() / 127.5 - 1)
-    pictures = [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in pixels]
-    shown = CLIPImageProcessor.from_pretrained(pretrained)(images=pictures, return_tensors="pt").pixel_values
-    model = CLIPModel.from_pretrained(pretrained).eval()
-    out = model(pixel_values=shown, input_ids=encoder.tokenizer(["a"], return_tensors="pt").input_ids)
-    torch.testing.assert_close(got, out.image_embeds, rtol=0, atol=1e-5 if size == 24 else 0.02)
-    if size == 24:  # without the mean and deviation, as in the published code, it is another thing
-        bare = model.visual_projection(model.vision_model(pixel_values=pixels.float() / 255)[1])
-        assert (got - F.normalize(bare, dim=-1)).abs().max() > 0.02
+@pytest.mark.parametrize("kind", ["transformers", "open_clip"])
+def test_a_clip_of_others_is_read_as_the_metrics_read_it(tmp_path, rng, kind):
+    """By the same notation as `dmd evaluate --clip`; tests/metrics/test_clip.py compares it with the packages."""
+    make = {"transformers": tiny_clips.of_transformers, "open_clip": tiny_clips.of_open_clip}[kind]
+    source = ("open_clip:" if kind == "open_clip" else "") + str(make(tmp_path / "clip"))
+    found, other = clips.load(source, torch.device("cpu")), metrics_clip.load(source, torch.device("cpu"), False)
+    x = torch.rand(2, 3, 32, 32, generator=rng) * 2 - 1
+    assert torch.equal(found.images(x), other.images(x)) and torch.equal(found.texts(["red"]), other.texts(["red"]))
+    assert (found.digest(), found.width, found.text_mean) == (other.digest(), other.width, None)
 
 
-@torch.no_grad()
-def test_a_pretrained_clip_reads_as_transformers_does(pretrained):
-    from transformers import CLIPModel
-
-    encoder = clips.load(str(pretrained), torch.device("cpu"))
-    texts = ["a red square", "blue"]
-    model = CLIPModel.from_pretrained(pretrained).eval()
-    tokens = encoder.tokenizer(texts, padding=True, return_tensors="pt")
-    out = model(**tokens, pixel_values=torch.zeros(2, 3, 24, 24))
-    torch.testing.assert_close(encoder.texts(texts), out.text_embeds, rtol=0, atol=1e-5)
-    assert encoder.width == 12 and encoder.text_mean is None
-    assert encoder.texts(["a " * 50]).shape == (1, 12)  # cut, not refused
-
-
-def test_what_is_no_clip_is_refused(tmp_path, pretrained):
-    with pytest.raises(InputError, match="cannot be loaded as a CLIP"):
+def test_what_is_no_clip_is_refused(tmp_path):
+    with pytest.raises(InputError, match="the CLIP .*nothing cannot be had"):
         clips.load(tmp_path / "nothing", torch.device("cpu"))
     (tmp_path / "config.json").write_text('{"kind": "dmd-small-clip", "size": 3}')
     with pytest.raises(InputError, match="does not describe a small CLIP"):
