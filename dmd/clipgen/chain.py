@@ -241,7 +241,7 @@ class Chain:
         adversary = self._adversary()
         task = Tokenizing(
             net, build.adam(net, o.tokenizer_lr, BETAS, 0.0), distance, o.perceptual_weight, adversary, 1.0,
-            clip_and_check, self.config.run.seed, place.accelerator.process_index, place.autocast,
+            clip_and_check, self.config.run.seed, place.autocast,
         )  # fmt: skip
         batches = ImageBatches(self.config.run.seed, self.images, o.tokenizer_batch_size, place.share())
         self._train(folder, task, batches, _short(o.tokenizer_steps), "tokenizer")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dmd import checkpoint
+from dmd import checkpoint, processes
 from dmd.chance import pinned
 from dmd.clipgen.networks import ConvSizes, Decoder, Encoder, sizes_from
 from dmd.errors import InputError
@@ -83,6 +83,8 @@ class Tokenizer(nn.Module):
             threshold_ema_dead_code=config.dead_below,
             accept_image_fmap=True,
         )
+        codebook = self.quantizer._codebook  # the package's own choice depends on the number of processes
+        codebook.sample_fn = codebook.replace_sample_fn = chosen_features
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Images (B, 3, H, W) to their reconstructions, tokens (B, h, w), and the commitment loss.
@@ -120,6 +122,18 @@ class Tokenizer(nn.Module):
         share = share / share.sum().clamp_min(1e-12)
         perplexity = torch.exp(-(share * share.clamp_min(1e-12).log()).sum())
         return (share > IN_USE / len(share)).float().mean(), perplexity / len(share)
+
+
+def chosen_features(features: Tensor, count: int) -> Tensor:
+    """`count` of the features (1, N, D) that all processes have together: (1, count, D), the same in each process.
+
+    Each once, if there are so many. Torch's generators must be at the same place in all processes.
+    """
+    whole = processes.collected(features[0])
+    n, device = len(whole), whole.device
+    enough = n >= count
+    index = torch.randperm(n, device=device)[:count] if enough else torch.randint(n, (count,), device=device)
+    return whole[index][None]
 
 
 def save(tokenizer: Tokenizer, folder: Path) -> None:
@@ -161,10 +175,15 @@ def hinge_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last: Tensor) -> Tensor:
-    """|grad reconstruction| / (|grad adversarial| + 1e-4) at the decoder's last weights, at most 1e4 (VQGAN, eq. 7)."""
-    ours = torch.autograd.grad(reconstruction, last, retain_graph=True)[0].norm()
-    theirs = torch.autograd.grad(adversarial, last, retain_graph=True)[0].norm()
-    return (ours / (theirs + 1e-4)).clamp(0.0, 1e4).detach()
+    """|grad reconstruction| / (|grad adversarial| + 1e-4) at the decoder's last weights, at most 1e4 (VQGAN, eq. 7).
+
+    The gradients are those of the mean over all processes, each of which gives the mean over its part of the batch.
+    """
+    ours, theirs = (
+        (processes.total(torch.autograd.grad(loss, last, retain_graph=True)[0]) / processes.world()).norm()
+        for loss in (reconstruction, adversarial)
+    )
+    return (ours / (theirs + 1e-4)).clamp(0.0, 1e4)
 
 
 @dataclass(frozen=True)
@@ -198,13 +217,13 @@ class Tokenizing:
         adversary: None leaves the adversarial term out.
         max_norm: gradients are clipped to it.
         update: see `Update`.
-        seed, rank: key what the quantizer draws.
+        seed: keys what the quantizer draws, which is the same in all processes.
         autocast: dtype of the convolutions' arithmetic.
     """
 
     def __init__(
         self, tokenizer: Tokenizer, optimizer: Optimizer, distance: Distance, perceptual_weight: float,
-        adversary: Adversary | None, max_norm: float, update: Update, seed: int, rank: int = 0,
+        adversary: Adversary | None, max_norm: float, update: Update, seed: int,
         autocast: torch.dtype | None = None,
     ):  # fmt: skip
         self.tokenizer = tokenizer.train()
@@ -214,7 +233,7 @@ class Tokenizing:
         self.adversary = adversary
         self.max_norm = max_norm
         self.update = update
-        self.seed, self.rank = seed, rank
+        self.seed = seed
         self.autocast = autocast
 
     def modules(self) -> dict[str, nn.Module]:
@@ -263,7 +282,7 @@ class Tokenizing:
         for k, x in enumerate(batches):
             draw = step * len(batches) + k
             with (
-                pinned(self.seed, Stream.CODE_REPLACEMENT, draw, self.rank, x.device),
+                pinned(self.seed, Stream.CODE_REPLACEMENT, draw, 0, x.device),
                 torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None),
             ):
                 found, _, commitment = self.tokenizer(x)

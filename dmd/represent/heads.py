@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dmd.represent import processes
+from dmd import processes
 from dmd.represent.losses import full
 
 Layer = Callable[[int], nn.Module]

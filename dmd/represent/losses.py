@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmd.represent import processes
+from dmd import processes
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ sample is near gives 0/0. Subtracting each sample's maximum first is another ite
 import torch
 from torch import Tensor
 
-from dmd.represent import processes
+from dmd import processes
 from dmd.represent.losses import full
 
 

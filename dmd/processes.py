@@ -1,4 +1,4 @@
-"""What losses need of the other processes; without a process group each function gives what one process has."""
+"""What a step needs of the other processes; without a process group each function gives what one process has."""
 
 from typing import Any
 
