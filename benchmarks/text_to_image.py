@@ -26,12 +26,12 @@ from dmd.pipeline import Pipeline
 from dmd.solvers import ddim
 
 
-def measured(x: Tensor, asked: Asked, whole: model.Model) -> dict[str, float]:
+def measured(x: Tensor, asked: Asked, whole: model.Model, seen: evaluation.Features) -> dict[str, float]:
     """Agreement, distance and score of images (N, 3, 64, 64) made for the captions asked for."""
     real, texts = to_float(asked.images), model.embed_texts(whole.clip, asked.captions)
     pictures = model.embed_images(whole.clip, real, whole.device)
     found = evaluation.agreement(x, asked) | evaluation.scores(x, texts, pictures, whole)
-    return found | evaluation.distances(x, real, whole, (0,))
+    return found | evaluation.distances(x, evaluation.blurred_moments(real, seen, (0,)), seen)
 
 
 def main() -> None:
@@ -50,10 +50,10 @@ def main() -> None:
     config = read(run / "config.json")
     config = replace(config, evaluation=replace(config.evaluation, final_samples=options.samples))
     whole = chain.with_texts(config, model.load(run / chain.MODEL, device))
-    tests = chain.tests(config)
+    tests, (label, seen) = chain.tests(config), chain.features(config, whole)
     judged = evaluation.judge(
         whole, tests, chain.make_sampler(config.sampling), config.sampling.candidates,
-        config.sampling.sample_batch_size, (0,),
+        config.sampling.sample_batch_size, (0,), seen,
     )  # fmt: skip
     rows = {
         f"{a.name}/CLIP-GEN, {whole.net.config.length} tokens": judged.figures[f"{a.name}/text"]
@@ -72,8 +72,8 @@ def main() -> None:
         for name, pipeline, generator in others:
             judge = Judge(pipeline, list(asked.captions), [], "", 0, device)
             x, rate = judge.samples(generator, len(asked.captions), 0, name)
-            rows[f"{asked.name}/{name}"] = measured(x, asked, whole) | {"images_per_second": rate}
-    print(f"\n| Captions | Model | Agreement | FD-{whole.clip.name} | CLIP score | Images/s |")
+            rows[f"{asked.name}/{name}"] = measured(x, asked, whole, seen) | {"images_per_second": rate}
+    print(f"\n| Captions | Model | Agreement | {label} | CLIP score | Images/s |")
     print("|---|---|---:|---:|---:|---:|")
     for key, row in sorted(rows.items()):
         asked_name, name = key.split("/", 1)
@@ -81,7 +81,7 @@ def main() -> None:
             f"| {asked_name} | {name} | {row.get('caption_agreement', float('nan')):.1%} | {row['fd_0']:.4f} | "
             f"{row['clip_score']:.1f} | {row['images_per_second']:.3g} |"
         )
-    facts = {"metric": f"FD-{whole.clip.name}", "samples": options.samples, "steps": options.steps}
+    facts = {"metric": label, "samples": options.samples, "steps": options.steps}
     finish("text_to_image", facts | {"rows": rows}, options.json)
 
 

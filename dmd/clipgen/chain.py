@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dmd import build, checkpoint, evaluation, log
+from dmd import build, checkpoint, evaluation, log, shipped
 from dmd.build import Workplace
 from dmd.clipgen import clip as clips
 from dmd.clipgen import config as options
@@ -24,7 +24,7 @@ from dmd.clipgen import images, model, report, tokenizer, transformer, world
 from dmd.clipgen.batches import CaptionBatches, ImageBatches, TokenBatches
 from dmd.clipgen.clip import Clip, Contrasting, SmallClip, SmallClipConfig, SmallClipNet
 from dmd.clipgen.config import Config, SamplingOptions
-from dmd.clipgen.evaluation import Asked
+from dmd.clipgen.evaluation import Asked, Features
 from dmd.clipgen.gap import Gap
 from dmd.clipgen.model import Model
 from dmd.clipgen.networks import ConvSizes, PatchDiscriminator
@@ -36,6 +36,8 @@ from dmd.data.captioned import Captioned
 from dmd.data.images import to_float
 from dmd.ema import Ema
 from dmd.errors import InputError
+from dmd.metrics import assess, backbones
+from dmd.metrics.backbones import Extractor
 from dmd.run import Cadence, Progress, Run, Stopped, Task, clip_and_check
 from dmd.teachers.stable_diffusion import TextEncoder
 
@@ -76,7 +78,9 @@ class Chain:
         """A chain for `run`: what CLIP and the evaluation will need is checked now too."""
         options.require_clip(config)
         _check_files(config)
-        return cls(config, place, folder)
+        chain = cls(config, place, folder)
+        place.together(lambda: check_features(config, place.device))
+        return chain
 
     def run(self) -> None:
         """All stages that are not done yet. Raises `Stopped` if one was told to stop."""
@@ -422,6 +426,27 @@ def make_sampler(o: SamplingOptions) -> Sampler:
     return Sampler(o.temperature, o.top_k, o.top_p, o.guidance)
 
 
+def features(config: Config, trained: Model) -> tuple[str, Features]:
+    """What FD-k is on, and its name. Raises InputError if the network or its weights cannot be had."""
+    if config.evaluation.features is None:
+        return f"FD-{trained.clip.name}", judging.of_clip(trained)
+    extractor = _extractor(config, config.evaluation.features)
+    return extractor.label, judging.of_network(extractor, trained.device)
+
+
+def check_features(config: Config, device: torch.device) -> None:
+    """Raises InputError if the network that FD-k is to be on cannot be had, or takes no images of this size."""
+    if config.evaluation.features is not None and has_tests(config):
+        size = config.data.size
+        judging.of_network(_extractor(config, config.evaluation.features), device)(torch.zeros(1, 3, size, size))
+
+
+def _extractor(config: Config, network: str) -> Extractor:
+    e = config.evaluation
+    weights = None if e.features_weights is None else Path(e.features_weights)
+    return backbones.load(str(shipped.resolve(network)), weights, e.features_download, Path(config.run.cache_dir))
+
+
 def conclude(config: Config, trained: Model, folder: Path, facts: dict[str, Any]) -> None:
     """Judge a model, and write summary.json, samples/final.png and report.html.
 
@@ -430,22 +455,25 @@ def conclude(config: Config, trained: Model, folder: Path, facts: dict[str, Any]
     asked = tests(config)
     summary: dict[str, Any] = {"preset": config.preset} | _summary(folder) | facts
     if asked:
-        o = config.sampling
+        o, (label, seen) = config.sampling, features(config, trained)
         total = 2 * o.candidates * sum(len(a.images) for a in asked)
         with log.progress(total, 0, "evaluation", True, "img") as bar:
             judged = judging.judge(
-                trained, asked, make_sampler(o), o.candidates, o.sample_batch_size, config.evaluation.blur,
+                trained, asked, make_sampler(o), o.candidates, o.sample_batch_size, config.evaluation.blur, seen,
                 tick=bar.update,
             )  # fmt: skip
         rows = [x for key, x in judged.pictures.items()]
         scale = max(1, 64 // config.data.size)
         evaluation.save_grid(rows, folder / "samples" / "final.png", scale, list(judged.pictures))
         summary |= judging.headline(judged.figures)
+        few = [note for a in asked for note in assess.too_few(a.name, len(a.images), judged.dimensions, label)]
         summary |= {
-            "metric": f"FD-{trained.clip.name}", "figures": judged.figures, "gap_handling": config.transformer.gap,
+            "metric": label, "figures": judged.figures, "gap_handling": config.transformer.gap, "notes": few,
             "images_per_second": judged.images_per_second, "samples": min(len(a.images) for a in asked),
             "captions": list(asked[0].captions[:8]), "sampling": asdict(o),
         }  # fmt: skip
+        for note in few:
+            print(f"note: {note}")
     checkpoint.write_json(folder / SUMMARY, summary)
     print(f"report: {report.write(folder)}")
 

@@ -158,6 +158,14 @@ class EvaluationOptions:
     """Images of each kind: from texts and from images, of seen combinations and of held-out ones."""
     blur: tuple[int, ...] = (0, 1, 2)
     """Radii k of the blurred Fréchet distances FD-k, in pixels."""
+    features: str | None = None
+    """Network that FD-k is on: inception (by clean-fid's protocol, which makes it FID-k), timm:NAME, torchvision:NAME,
+    transformers:FOLDER_OR_ID, shapes-features, which ships, or another --network of dmd evaluate. Left out, the CLIP
+    that the model was taught with, which flatters it."""
+    features_weights: str | None = None
+    """Its state dict, .safetensors or .pth; for inception the file inception-2015-12-05.pt."""
+    features_download: bool = False
+    """Fetch its weights if they are not given."""
     centre_prompts: str | None = None
     """File or folder of captions whose mean is taken from text embeddings, for a CLIP that brings no mean along. Take
     others than those of --test."""
@@ -180,6 +188,7 @@ class Config:
 RESUMABLE = {
     "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "log_every", "report_to", "cache_dir", "cpu",
     "output_dir", "data", "captioned", "test", "tokenizer", "clip", "lpips_weights", "final_samples", "blur",
+    "features", "features_weights", "features_download",
     "centre_prompts", "temperature", "top_k", "top_p", "guidance", "candidates", "sample_batch_size", "allow_tf32",
 }  # fmt: skip
 """Options that may differ when a run is resumed; files are compared by content instead."""
@@ -232,6 +241,8 @@ def check(config: Config) -> None:
     settings.require_finite({"--guidance": s.guidance})
     if e.final_samples < 16:
         raise InputError(f"--final-samples is {e.final_samples}: it must be at least 16, since fewer mean nothing")
+    if e.features is None and (e.features_weights is not None or e.features_download):
+        raise InputError("--features-weights and --features-download are for --features: give it")
     settings.require_seed(r.seed)
     for flag, patch, widths in (("--widths", t.patch, t.widths), ("--clip-widths", c.clip_patch, c.clip_widths)):
         if d.size % (patch * 2 ** (len(widths) - 1)):

@@ -6,7 +6,7 @@ what the modality gap costs. Held-out combinations are things that no training h
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,10 +16,16 @@ from torch import Tensor
 from dmd.clipgen import sampling
 from dmd.clipgen.model import Model, embed_images, embed_texts
 from dmd.clipgen.sampling import Sampler
-from dmd.data.images import to_float
+from dmd.data.images import to_float, to_uint8
 from dmd.data.shapes import Scene
-from dmd.metrics import caption
-from dmd.metrics.frechet import frechet_distance, moments
+from dmd.metrics import assess, caption
+from dmd.metrics.backbones import Extractor
+from dmd.metrics.frechet import Moments, frechet_distance, moments
+from dmd.metrics.protocols import as_it_is
+from dmd.metrics.sources import Arrays
+
+PART, SEEN = 250, 64
+"""Images that are blurred at a time, and that a network beside CLIP sees at a time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,17 +62,40 @@ def blurred(images: Tensor, radius: float) -> Tensor:
     return flat[:, 0].unflatten(0, images.shape[:2])
 
 
-def distances(images: Tensor, real: Tensor, model: Model, radii: Sequence[int]) -> dict[str, float]:
-    """ "fd_k" for each radius k: Fréchet distance of CLIP's embeddings, both sets blurred alike.
+Features = Callable[[Tensor], Tensor]
+"""Images (N, 3, H, W) in [-1, 1] to what distances are taken of: (N, D) on the CPU."""
 
-    Args:
-        images, real: float (N, 3, H, W) and (M, 3, H, W) in [-1, 1].
+
+def of_clip(model: Model) -> Features:
+    """A model's own CLIP, which has taught it and therefore flatters it."""
+    return lambda images: embed_images(model.clip, images, model.device)
+
+
+def of_network(extractor: Extractor, device: torch.device) -> Features:
+    """Another network by its own protocol, which prepares images of 256 levels.
+
+    Raises:
+        InputError: by the result, for images of a size that the network does not take, or features that are not finite.
     """
 
-    def features(x: Tensor, radius: int) -> Tensor:
-        return torch.cat([embed_images(model.clip, blurred(part, radius), model.device) for part in x.split(250)])
+    def see(images: Tensor) -> Tensor:
+        source = Arrays("the evaluation", to_uint8(images).permute(0, 2, 3, 1).numpy())
+        looks = {"features": assess.features(source, extractor, as_it_is, device)}
+        return assess.look(source, looks, SEEN, show=False)[0]["features"]
 
-    return {f"fd_{k}": frechet_distance(moments(features(images, k)), moments(features(real, k))) for k in radii}
+    return see
+
+
+def blurred_moments(images: Tensor, features: Features, radii: Sequence[int]) -> dict[int, Moments]:
+    """For each radius, mean and covariance of the features of images (N, 3, H, W) in [-1, 1] that are so blurred."""
+    return {k: moments(torch.cat([features(blurred(x, k)) for x in images.split(PART)])) for k in radii}
+
+
+def distances(images: Tensor, real: Mapping[int, Moments], features: Features) -> dict[str, float]:
+    """ "fd_k" for each radius k of the `blurred_moments` of real images: Fréchet distance of images (N, 3, H, W) in
+    [-1, 1] that are blurred alike."""
+    found = blurred_moments(images, features, list(real))
+    return {f"fd_{k}": frechet_distance(found[k], real[k]) for k in real}
 
 
 def scores(images: Tensor, texts: Tensor, pictures: Tensor, model: Model) -> dict[str, float]:
@@ -88,17 +117,19 @@ def agreement(images: Tensor, asked: Asked) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Judged:
-    """Figures by test set and source, "seen/text" and so on, and the first images of each for a picture."""
+    """Figures by test set and source, "seen/text" and so on, the first images of each for a picture, and how many
+    numbers a feature of the distances has."""
 
     figures: dict[str, dict[str, float]]
     pictures: dict[str, Tensor]
     images_per_second: float
+    dimensions: int
 
 
 @torch.no_grad()
 def judge(
     model: Model, tests: Sequence[Asked], sampler: Sampler, candidates: int, unit: int, radii: Sequence[int],
-    shown: int = 8, tick: Callable[[int], object] = lambda n: None,
+    features: Features, shown: int = 8, tick: Callable[[int], object] = lambda n: None,
 ) -> Judged:  # fmt: skip
     """All figures of a model on test sets of at least 2 images each; seeds are 0 to N - 1 for each source.
 
@@ -107,7 +138,7 @@ def judge(
     """
     figures: dict[str, dict[str, float]] = {}
     pictures: dict[str, Tensor] = {}
-    made, seconds = 0, 0.0
+    made, seconds, dimensions = 0, 0.0, 0
     for asked in tests:
         real = to_float(asked.images)
         texts = embed_texts(model.clip, asked.captions)
@@ -125,13 +156,15 @@ def judge(
             started = time.perf_counter()
             found[source] = model.images(conditions, targets, seeds, sampler, candidates, unit, tick)
             made, seconds = made + len(real), seconds + time.perf_counter() - started
+        goal = blurred_moments(real, features, radii)
+        dimensions = max((len(m.mean) for m in goal.values()), default=0)
         for source, x in found.items():
             key = f"{asked.name}/{source}"
             figures[key] = agreement(x, asked) | scores(x, texts, images, model)
             if source != "real":
-                figures[key] |= distances(x, real, model, radii)
+                figures[key] |= distances(x, goal, features)
             pictures[key] = x[:shown]
-    return Judged(figures, pictures, made / seconds)
+    return Judged(figures, pictures, made / seconds, dimensions)
 
 
 def headline(figures: dict[str, dict[str, float]]) -> dict[str, float]:

@@ -70,7 +70,7 @@ def write(folder: Path) -> Path:
         kind="CLIP-GEN",
         headline=headline(summary),
         facts=sheet.facts(run, COUNTS),
-        cautions=[],
+        cautions=[str(note) for note in _list(summary.get("notes"))],
         pictures=sheet.pictures(folder / "samples" / "final.png", "Samples", shown),
         tables=_tables(summary, figures),
         charts=[

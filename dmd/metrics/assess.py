@@ -310,6 +310,17 @@ def _diversity(x: Tensor, asked: Tensor) -> Statistic:
 # ----------------------------------------------------------------------------- what to know about them
 
 
+def too_few(name: str, count: int, dimensions: int, label: str) -> list[str]:
+    """A sentence where a distance called `label` is of no more images than features have dimensions."""
+    if count > dimensions:
+        return []
+    return [
+        f"{name} has {count:,} images, not more than the features of {label} have dimensions, {dimensions:,}: their "
+        f"covariance cannot be known in all directions, so {label} is far too large, even for images from the "
+        "reference itself"
+    ]
+
+
 def notes(
     source: Source,
     census: Census,
@@ -328,12 +339,7 @@ def notes(
         )
     if extractor is not None and reference is not None:
         for name, number in ((source.name, count), ("the reference", reference.count)):
-            if number <= dimensions:
-                found.append(
-                    f"{name} has {number:,} images, not more than {extractor.network}'s features have dimensions, "
-                    f"{dimensions:,}: their covariance cannot be known in all directions, so {extractor.label} is far "
-                    "too large, even for images from the reference itself"
-                )
+            found += too_few(name, number, dimensions, extractor.label)
     if len(census.sizes) > 1:
         smallest, largest = min(census.sizes), max(census.sizes)
         found.append(

@@ -415,7 +415,7 @@ def test_a_student_its_teacher_and_clip_gen_stand_side_by_side(drawn_world, tmp_
 
 
 def test_the_world_of_shapes_is_judged(drawn_world):
-    """And judged again with other sampling."""
+    """And judged again with other sampling, by another network than CLIP, whose name the figures then bear."""
     tmp_path = drawn_world
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     figures = summary["figures"]
@@ -430,8 +430,13 @@ def test_the_world_of_shapes_is_judged(drawn_world):
     encoder = clips.load(tmp_path / "run" / "model" / "clip", torch.device("cpu"))
     texts = world.captioned(0, 16).captions
     torch.testing.assert_close(encoder.text_mean, encoder.texts(texts).mean(0), rtol=1e-4, atol=1e-6)
-    cli.main(["evaluate", str(tmp_path / "run"), "--final-samples", "18", "--guidance", "1.0"])
+    other = ["--guidance", "1.0", "--features", "shapes-features"]
+    cli.main(["evaluate", str(tmp_path / "run"), "--final-samples", "18", *other])
     again = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert again["metric"] == "FD-ShapesNet"
+    html = (tmp_path / "run" / "report.html").read_text()
+    assert "fd_k is FD-ShapesNet after a blur of k pixels" in html
+    assert "held_out has 18 images, not more than the features of FD-ShapesNet have dimensions" in html
     assert again["samples"] == 18 and again["sampling"]["guidance"] == 1.0
     assert again["codebook_use"] == summary["codebook_use"]
 

@@ -9,6 +9,9 @@ import torch.nn.functional as F
 
 from dmd.clipgen import evaluation
 from dmd.clipgen.report import headline as sentence
+from dmd.errors import InputError
+from dmd.metrics.backbones import Extractor
+from dmd.metrics.protocols import bicubic, exactly
 
 
 @pytest.mark.parametrize("radius", [0, 1, 2, 3.5])
@@ -43,13 +46,41 @@ class Bare:
 
 def test_distances_are_those_of_the_features(rng):
     """Mean colours of one set are those of the other plus a shift d: the distance is |d|^2, blurred or not."""
-    real = torch.randn(64, 3, 8, 8, generator=rng)
+    real, see = torch.randn(64, 3, 8, 8, generator=rng), evaluation.of_clip(Bare(Means()))
     shift = torch.tensor([0.3, -0.2, 0.1])
-    got = evaluation.distances(real + shift[:, None, None], real, Bare(Means()), (0, 1))
-    assert list(got) == ["fd_0", "fd_1"]
+    goal = evaluation.blurred_moments(real, see, (0, 1, 2))
+    got = evaluation.distances(real + shift[:, None, None], goal, see)
+    assert list(got) == ["fd_0", "fd_1", "fd_2"]
     for value in got.values():
         assert value == pytest.approx(0.14, rel=1e-4)
-    assert evaluation.distances(real, real, Bare(Means()), (2,))["fd_2"] == pytest.approx(0.0, abs=1e-9)
+    assert evaluation.distances(real, goal, see)["fd_2"] == pytest.approx(0.0, abs=1e-9)
+
+
+class Corners(torch.nn.Module):
+    """The first values of an image in 256 levels, as a network that `backbones` might bring."""
+
+    def forward(self, images):
+        return images[:, :, 0, :2].flatten(1)
+
+
+def test_a_network_beside_clip_sees_blurred_images_as_pixels_by_its_own_protocol(rng):
+    """Against blurring by hand, rounding to 256 levels, and clean-fid's resize; the distance bears its name."""
+    from PIL import Image
+
+    x = torch.rand(70, 3, 8, 8, generator=rng) * 2 - 1
+    extractor = Extractor("Corners", "FD-Corners", bicubic(4, 4), Corners(), "bicubic to 4x4")
+    found = evaluation.blurred_moments(x, evaluation.of_network(extractor, torch.device("cpu")), (0, 1))
+    for radius, got in found.items():
+        levels = ((evaluation.blurred(x, radius) + 1) * 127.5).round().clamp(0, 255)
+        rows = []
+        for image in levels:
+            small = [Image.fromarray(c.numpy()).resize((4, 4), Image.Resampling.BICUBIC) for c in image]
+            rows.append(torch.tensor([c.getpixel((i, 0)) for c in small for i in range(2)]).clamp(0, 255))
+        mean = torch.stack(rows).double().mean(0)
+        torch.testing.assert_close(got.mean.double(), mean, rtol=1e-5, atol=1e-3)
+    refusing = Extractor("Eight", "FD-Eight", exactly(3, 16, 16, "Eight"), Corners(), "no resizing")
+    with pytest.raises(InputError, match="an image has 8x8 pixels, but Eight takes 16x16"):
+        evaluation.of_network(refusing, torch.device("cpu"))(x)
 
 
 def test_scores_are_a_hundred_cosines(rng):

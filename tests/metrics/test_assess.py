@@ -171,7 +171,7 @@ def test_what_limits_figures_is_said(tmp_path):
     ref = Reference.of_features(x, torch.zeros(4, dtype=torch.int64), "FD-Net")
     found = "\n".join(notes(FAKE, census, extractor, 6, ref, True))
     assert "3 samples, fewer than 10,000" in found
-    assert "fake has 3 images, not more than Net's features have dimensions, 6" in found
+    assert "fake has 3 images, not more than the features of FD-Net have dimensions, 6" in found
     assert "the reference has 4 images" in found
     assert "images of 2 sizes, from 8x8 to 9x8" in found
     assert "1 of 3 images of fake are grey" in found
