@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dmd import checkpoint
 from dmd.cli.evaluate import EvaluateOptions, check, evaluate, main
 from dmd.config import preset
 from dmd.data import shapes
@@ -22,6 +23,7 @@ from dmd.metrics.networks import train_classifier
 from dmd.settings import to_json
 from dmd.teachers import pixel
 from dmd.teachers.pixel import PixelConfig
+from tests import tiny_clips
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +195,28 @@ def test_drawings_of_shapes_have_their_captions(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "SHAPES_IMAGES", 40)
     (result,) = run(tmp_path, "shapes", read_captions=True)["results"]
     assert values(result)["caption_agreement"] > 0.97 and result["samples"] == 40
+
+
+def test_images_are_scored_against_their_captions_by_a_clip_of_open_clip(tmp_path):
+    """Against the cosines of open_clip's own functions; the result says which CLIP it was."""
+    import open_clip
+
+    folder, shown = tiny_clips.of_open_clip(tmp_path / "tiny"), tmp_path / "shown"
+    shown.mkdir()
+    lines, images, captions = [], [], ["red", "a ball", "two", "red red"]
+    for number, text in enumerate(captions):
+        pixels = np.random.default_rng(number).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+        images.append(Image.fromarray(pixels))
+        images[-1].save(shown / f"{number}.png")
+        lines.append(json.dumps({"file_name": f"{number}.png", "text": text}))
+    (shown / "metadata.jsonl").write_text("\n".join(lines))
+    found = run(tmp_path, shown, clip=f"open_clip:{folder}", clip_prefix="A ")
+    net, _, prepare = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    tokens = open_clip.get_tokenizer(f"local-dir:{folder}")([f"A {text}" for text in captions])
+    with torch.no_grad():
+        a, b = net.eval()(torch.stack([prepare(image) for image in images]), tokens)[:2]
+    assert values(found["results"][0])["CLIP"] == pytest.approx((a * b).sum(1).mean().item(), abs=1e-5)
+    assert found["clip"] == {"name": "CLIP-tiny", "weights": checkpoint.digest(net), "prefix": "A "}
 
 
 @pytest.mark.parametrize(

@@ -202,6 +202,14 @@ def test_a_mean_that_only_the_end_needs_is_asked_for_at_the_beginning(tmp_path, 
     Chain(mended, Workplace(Accelerator(cpu=True), None), tmp_path)._check_mean(Foreign())
 
 
+def test_a_network_that_cannot_judge_is_refused_at_the_beginning(tmp_path):
+    config = Config()
+    judged = replace(config.evaluation, features="shapes-features")
+    config = replace(config, data=replace(config.data, size=16, test=str(tmp_path)), evaluation=judged)
+    with pytest.raises(InputError, match="an image has 16x16 pixels, but FD-ShapesNet takes 64x64 and resizes nothing"):
+        chains.check_features(config, torch.device("cpu"))
+
+
 @pytest.mark.parametrize(
     ("gap", "centred", "noise"),
     [("none", False, 0.0), ("noise", False, 0.4), ("centre", True, 0.0), ("centre+noise", True, 0.4)],
@@ -352,6 +360,9 @@ def test_of_several_candidates_the_nearest_is_kept(run):
         (["train", "--data", "nowhere", "--clip", "y"], "nowhere does not exist"),
         (["train", "--centre-prompts", "nowhere"], "--centre-prompts nowhere does not exist"),
         (["train", "--test", "nowhere"], "--test nowhere has neither metadata.jsonl nor shards"),
+        (["train", "--images", "4", "--features", "inception"], "FID needs inception-2015-12-05.pt"),
+        (["train", "--images", "4", "--features", "timm:nothing"], "timm has no network 'nothing'"),
+        (["train", "--features-weights", "x"], "--features-weights and --features-download are for --features"),
         (["train", "--top-p", "0"], "--top-p is 0.0: it must be above 0"),
         (["sample", "--seeds", "x", "a red circle"], "--seeds is 'x'"),
         (["sample", "a red circle", "--model", "nowhere"], "nowhere is not a model of dmd clipgen"),
