@@ -1,15 +1,21 @@
 """Memory of one iteration at Stable Diffusion v1.5's size, counted without a GPU.
 
 `python -m benchmarks.memory [--quick]` counts what lies in memory all the time from the networks' parameters, and what
-an iteration needs besides by following every allocation of a forward and backward pass on tensors that have shapes but
-no data (torch's FakeTensorMode and MemTracker): one noise, and apart from it one pair whose regression goes through the
-decoder and LPIPS's VGG-16. Those two are counted as if they were trained, since the tracker asks for that, which is a
-little too much. The largest of these is added to the former. Fragmentation, cuDNN's workspaces and the CUDA context (1
-to 2 GiB together) come on top. The last line is JSON.
+each phase of a run needs besides by following every allocation on tensors that have shapes but no data (torch's
+FakeTensorMode and MemTracker):
+
+* training: forward and backward of one noise, and apart from it of one pair whose regression goes through the decoder
+  and LPIPS's VGG-16; or of several of both together, with the guided real score in between. Decoder and VGG are counted
+  as if they were trained, since the tracker asks for that, which is a little too much.
+* pairs: the teacher's guided network on a work unit of samples, in its float32 weights.
+* judging while training, and comparing student and teacher afterwards, when training's states are gone: the same
+  network, and the decoder in float32.
+
+Fragmentation, cuDNN's workspaces and the CUDA context (1 to 2 GiB together) come on top. The last line is JSON.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +25,8 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from benchmarks import common
 from benchmarks.common import finish, say_machine
 from benchmarks.sampling import SD_1_5, SMALL, Sizes, networks
+from dmd.codec import KL, SLICE
+from dmd.generate import work_unit
 from dmd.teachers.lora import ATTENTION
 
 GIB = 2**30
@@ -35,13 +43,19 @@ class Case:
         checkpointing: of UNets and decoder.
         adam: bytes of its states a parameter.
         student_rank: of the student's adapters; 0 is a whole network.
+        together: TOGETHER noises and pairs at a time, rather than one noise or one pair; with checkpointing.
     """
 
     lora_rank: int
     checkpointing: bool
     adam: float
     student_rank: int = 0
+    together: bool = False
 
+
+TOGETHER = (8, 4)
+"""Noises and pairs of a micro-batch of `sd15` in one of 8 processes, which matches both."""
+LPIPS_SIZE = 224
 
 CASES = {
     "two networks": Case(0, False, ADAM),
@@ -50,6 +64,7 @@ CASES = {
     "LoRA fake score, checkpointing": Case(64, True, ADAM),
     "LoRA fake score, checkpointing, 8-bit Adam (sd15-24gb)": Case(64, True, ADAM_8BIT),
     "LoRA student and fake score, checkpointing": Case(64, True, ADAM, 64),
+    "two networks, checkpointing, 8 noises + 4 pairs (sd15, a process of 8)": Case(0, True, ADAM, 0, True),
 }
 
 
@@ -61,6 +76,9 @@ class Counts:
         adapters: parameters of adapters of rank 1.
         matching, regression: of a pass of the student alone, and through decoder and VGG; by whether activations are
             recomputed.
+        together: of a pass of `TOGETHER`, recomputed.
+        sampling: of a guided network on a work unit of samples.
+        decoding: of the decoder on those.
     """
 
     unet: int
@@ -70,6 +88,9 @@ class Counts:
     adapters: int
     matching: dict[bool, int]
     regression: dict[bool, int]
+    together: int
+    sampling: int
+    decoding: int
 
 
 def parameters(net: nn.Module) -> int:
@@ -78,11 +99,18 @@ def parameters(net: nn.Module) -> int:
 
 def transient(networks: list[nn.Module], work: Callable[[], Tensor]) -> int:
     """Most bytes of one forward and backward pass that are neither weights nor the gradients that stay."""
-    work().backward()  # gradients are there from now on
+    for net in networks:
+        for p in net.parameters():
+            p.grad = torch.zeros_like(p)
+    return _most(networks, lambda: work().backward())
+
+
+def _most(networks: list[nn.Module], work: Callable[[], object]) -> int:
+    """Most bytes that some work holds besides weights and gradients."""
     tracker = MemTracker()
     tracker.track_external(*networks)
     with tracker:
-        work().backward()
+        work()
     (peak,) = tracker.get_tracker_snapshot("peak").values()
     kept = sum(p.numel() * p.element_size() for net in networks for p in net.parameters())
     kept += sum(
@@ -98,19 +126,38 @@ def count(sizes: Sizes) -> Counts:
     with FakeTensorMode(allow_non_fake_inputs=True):
         unet, vae, text = networks(sizes)
         vgg = vgg16(weights=None).features
-        z, text_of = torch.zeros(1, 4, sizes.side, sizes.side), torch.zeros(1, sizes.tokens, sizes.text_width)
+        codec, (noises, paired) = KL(vae, 1.0), TOGETHER
+        rows = work_unit((4, sizes.side, sizes.side), codec)
 
-        def student() -> Tensor:
-            return unet(z, torch.tensor([999]), text_of, return_dict=False)[0]
+        real = networks(sizes)[0]
+
+        def call(rows: int, net: nn.Module = unet) -> Tensor:
+            z, text_of = torch.zeros(rows, 4, sizes.side, sizes.side), torch.zeros(rows, sizes.tokens, sizes.text_width)
+            with torch.autocast("cpu", torch.bfloat16):
+                return net(z, torch.full((rows,), 999), text_of, return_dict=False)[0]
 
         def matching() -> Tensor:
-            with torch.autocast("cpu", torch.bfloat16):
-                return student().float().square().mean()
+            return call(1).float().square().mean()
 
         def regression() -> Tensor:
+            x = call(1)
             with torch.autocast("cpu", torch.bfloat16):
-                return vgg(vae.decode(student()).sample).float().square().mean()
+                return vgg(vae.decode(x).sample).float().square().mean()
 
+        def together() -> Tensor:
+            x = call(noises + paired)
+            with torch.no_grad():
+                call(2 * (noises + paired), real)
+            with torch.autocast("cpu", torch.bfloat16):
+                image = nn.functional.interpolate(vae.decode(x[noises:]).sample, size=LPIPS_SIZE, mode="bilinear")
+                return vgg(image).float().square().mean() + x.float().square().mean()
+
+        with torch.no_grad():
+            sampling = _most([unet], lambda: call(2 * rows))
+            pixels = (sizes.side * codec.factor) ** 2
+            part = min(rows, SLICE // pixels)
+            decoding = _most([vae], lambda: codec.decode(torch.zeros(part, 4, sizes.side, sizes.side)))
+            decoding += 2 * rows * 3 * pixels * FLOAT  # images of the slices, and all of them
         found: dict[str, dict[bool, int]] = {"matching": {}, "regression": {}}
         for recompute in (False, True):
             if recompute:
@@ -119,7 +166,10 @@ def count(sizes: Sizes) -> Counts:
             found["matching"][recompute] = transient([unet], matching)
             found["regression"][recompute] = transient([unet, vae, vgg], regression)
         a, b, c, d = (parameters(net) for net in (unet, vae, text, vgg))
-        return Counts(a, b, c, d, adapters_of_rank_1(unet), found["matching"], found["regression"])
+        return Counts(
+            a, b, c, d, adapters_of_rank_1(unet), found["matching"], found["regression"],
+            transient([unet, vae, vgg, real], together), sampling, decoding,
+        )  # fmt: skip
 
 
 def adapters_of_rank_1(net: nn.Module) -> int:
@@ -128,18 +178,37 @@ def adapters_of_rank_1(net: nn.Module) -> int:
     return sum(m.in_features + m.out_features for m in linear)
 
 
+def frozen(counts: Counts) -> float:
+    """Bytes of decoder, text encoder and LPIPS."""
+    return (counts.vae + counts.text + counts.vgg) * FLOAT
+
+
 def at_rest(counts: Counts, case: Case) -> float:
-    """Bytes that lie in memory all the time: student with gradients, states and average; fake score; frozen parts."""
+    """Bytes that lie in memory while training: student with gradients, states and average; fake score; frozen parts."""
     student, fake = (rank * counts.adapters or counts.unet for rank in (case.student_rank, case.lora_rank))
     trained = (student + fake) * (2 * FLOAT + case.adam)
     average, real = student * FLOAT, counts.unet * HALF
-    return trained + average + real + (counts.vae + counts.text) * FLOAT + counts.vgg * FLOAT
+    return trained + average + real + frozen(counts)
+
+
+def phases(counts: Counts, case: Case) -> dict[str, float]:
+    """Bytes at the largest moment of each phase of a run."""
+    rest = at_rest(counts, case)
+    step = max(counts.matching[case.checkpointing], counts.regression[case.checkpointing])
+    show = max(counts.sampling, counts.decoding)
+    adapters = (case.student_rank + case.lora_rank) * counts.adapters * 2 * FLOAT
+    both = counts.unet * (HALF + FLOAT) + adapters + frozen(counts) + (counts.vae + counts.text) * FLOAT
+    return {
+        "pairs": counts.unet * FLOAT + frozen(counts) + counts.sampling,
+        "training": rest + (counts.together if case.together else step),
+        "judging": rest + show,
+        "comparison": both + show,
+    }
 
 
 def peak(counts: Counts, case: Case) -> float:
-    """Bytes at the largest moment of an iteration of one noise and one pair."""
-    passes = max(counts.matching[case.checkpointing], counts.regression[case.checkpointing])
-    return at_rest(counts, case) + passes
+    """Bytes at the largest moment of a run."""
+    return max(phases(counts, case).values())
 
 
 def main() -> None:
@@ -151,11 +220,13 @@ def main() -> None:
     print(f"parameters: UNet {counts.unet:,}, adapters of rank 64 {64 * counts.adapters:,}")
     for what, found in (("student", counts.matching), ("student, decoder, VGG", counts.regression)):
         print(f"one pass of {what}: {found[False] / GIB:.2f} GiB, recomputed {found[True] / GIB:.2f} GiB")
-    print(f"{'GiB, one noise or one pair at a time':56} {'at rest':>8} {'peak':>8}")
-    for name, case in CASES.items():
-        print(f"{name:56} {at_rest(counts, case) / GIB:8.2f} {peak(counts, case) / GIB:8.2f}")
-    results = {name: {"rest": at_rest(counts, case), "peak": peak(counts, case)} for name, case in CASES.items()}
-    finish("memory", {"counts": vars(counts), "cases": results}, options.json)
+    for what, bytes_of in (("guided network", counts.sampling), ("decoder", counts.decoding)):
+        print(f"a work unit of samples, {what}: {bytes_of / GIB:.2f} GiB")
+    print(f"{'GiB':72} {'at rest':>10}" + "".join(f" {name:>10}" for name in phases(counts, CASES["two networks"])))
+    results = {name: {"rest": at_rest(counts, case), **phases(counts, case)} for name, case in CASES.items()}
+    for name, row in results.items():
+        print(f"{name:72}" + "".join(f" {value / GIB:10.2f}" for value in row.values()))
+    finish("memory", {"counts": asdict(counts), "cases": results}, options.json)
 
 
 if __name__ == "__main__":

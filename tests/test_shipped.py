@@ -2,14 +2,17 @@
 
 import hashlib
 import json
+import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
 
-from dmd import shipped, teachers
+from dmd import build, evaluation, shipped, teachers
 from dmd.cli import export, sample
+from dmd.config import preset, with_run
 from dmd.data import shapes
 from dmd.data.images import to_float
 from dmd.denoiser import Guided
@@ -88,6 +91,42 @@ def test_the_cards_tell_the_figures_that_are_measured_again():
     )  # fmt: skip
     assert caption.agreement(x, scenes)["agreement"] == pytest.approx(told["caption_agreement"]["student"], abs=0.06)
     assert card["figures"]["one thing, agreement with its caption"] >= 0.95
+
+
+def doubt(part, count):
+    """Three standard errors of a part of `count` images."""
+    return 3 * math.sqrt(part * (1 - part) / count)
+
+
+@pytest.mark.slow
+def test_teacher_and_student_keep_what_their_cards_and_the_targets_say():
+    """50 steps against one, from the same noise, on 600 captions that neither has seen, about half of two things.
+
+    The targets of agreement and distance are met; diversity is not (0.9), and is what the card says.
+    """
+    config = with_run(preset("shapes"), seed=11, cpu=True)
+    place = build.workplace(config)
+    data = build.image_set(config)
+    teacher = build.load_teacher(config, data, place, "shapes-teacher")
+    student = teachers.load("shapes-student")
+    judge = build.judge(config, teacher, data, build.reference_set(config, data), [], place)
+    many, evaluations = build.many_step(config, build.guided(config, teacher), 50)
+    judge = replace(judge, repeats=1)
+    figures, _, _ = evaluation.compare(judge, student_generator(student.denoiser), many, 600, evaluations)
+    of_teacher, of_student = figures["teacher"], figures["student"]
+    card = json.loads((shipped.FOLDER / "shapes-student" / "card.json").read_text())["figures"]
+    for kind, least in (("one_thing", 0.99), ("two_things", 0.95)):
+        assert of_teacher[f"caption_{kind}"] >= least - doubt(least, 280), kind
+        told = card["student"][f"caption_{kind}"]
+        assert abs(of_student[f"caption_{kind}"] - told) <= doubt(min(told, 0.99), 280), kind
+    ratio = of_student["caption_agreement"] / of_teacher["caption_agreement"]
+    assert ratio >= 0.97 - doubt(0.97, 600)
+    assert of_student["fd"] / of_teacher["fd"] <= 1.3
+
+    repeated = replace(judge, repeats=8, measures=judge.measures[:1])
+    figures, _, _ = evaluation.compare(repeated, student_generator(student.denoiser), many, 400, evaluations)
+    kept, told = (f["student"]["diversity"] / f["teacher"]["diversity"] for f in (figures, card))
+    assert kept == pytest.approx(told, abs=0.1)
 
 
 @torch.no_grad()
