@@ -97,7 +97,7 @@ def curve(run: Path, folder: Path, quick: bool) -> list[dict[str, Any]]:
     place = build.workplace(config)
     data = build.image_set(config) if config.data.data else None
     teacher = build.load_teacher(config, data, place, build.teacher_source(config, data))
-    asked = build.prompts(config, data)
+    asked = build.judged_prompts(config, build.prompts(config, data))
     judge = build.judge(config, teacher, data, build.reference_set(config, data), asked, place)
     most = config.evaluation.compare_steps or config.pairs.teacher_steps
     found = list(steps_of(config, teacher, most))

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -178,6 +179,28 @@ def prompts(config: Config, data: ImageSet | None) -> Sequence[str]:
     from dmd.data import prompts
 
     return prompts.read(o.prompts).texts
+
+
+def judged_prompts(config: Config, asked: Sequence[str]) -> Sequence[str]:
+    """What images are asked for when a student is judged: prompts of their own, or those of training.
+
+    Warns of prompts that are no test, since training sees them. Raises InputError if there are none to be read.
+    """
+    if config.evaluation.test_prompts is None:
+        return asked
+    from dmd.data import prompts
+
+    try:
+        found = prompts.read(config.evaluation.test_prompts).texts
+    except InputError as error:
+        raise InputError(f"--test-prompts: {error}") from None
+    seen = len(set(found) & set(asked))
+    if seen:
+        warnings.warn(
+            f"{seen} of the {len(set(found))} different --test-prompts are among --prompts, too: training sees them",
+            stacklevel=2,
+        )
+    return found
 
 
 def is_sharded(config: Config, place: Workplace) -> bool:

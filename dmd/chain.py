@@ -69,6 +69,7 @@ class Chain:
         self.data = build.image_set(config) if config.data.data else None
         self.reference = build.reference_set(config, self.data)
         self.prompts = build.prompts(config, self.data)
+        self.judged = build.judged_prompts(config, self.prompts)
         self.metric = build.metric(config, place.device)
         self.inputs: dict[str, str | None] = {
             "data": self.data.digest() if self.data else None,
@@ -107,7 +108,7 @@ class Chain:
         place.together(self.require_same_inputs)
         place.first(lambda: checkpoint.write_json(self.folder / INPUTS, self.inputs))
         store = self._pairs(teacher)
-        judge = build.judge(config, teacher, self.data, self.reference, self.prompts, place)
+        judge = build.judge(config, teacher, self.data, self.reference, self.judged, place)
         codec = build.regression_codec(config, teacher, place.device)
         targets = build.make_images(config, codec, store, place)
         distiller = build.distiller(config, teacher, place, build.regression(config, self.metric, codec, place))

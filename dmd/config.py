@@ -197,6 +197,9 @@ class EvaluationOptions:
     """Samples of evaluations in the loop."""
     final_samples: int = 5000
     """Samples of the final comparison with the teacher, from noise that no evaluation in the loop has used."""
+    test_prompts: str | None = None
+    """Prompts that no training sees, in the forms of --prompts: what student and teacher are compared on. Left out,
+    --prompts; "shapes" has such ones of its own."""
     repeats: int = 4
     """Images for each prompt in an evaluation, which diversity needs; classes are taken in turn instead."""
     compare_steps: int | None = None
@@ -246,8 +249,9 @@ class Config:
 RESUMABLE = {
     "max_train_steps", "eval_every", "eval_samples", "final_samples", "checkpointing_steps", "checkpoints_total_limit",
     "log_every", "report_to", "cache_dir", "cpu", "output_dir", "download", "lpips_weights", "features", "data",
-    "teacher", "prompts", "repeats", "compare_steps", "gradient_checkpointing", "gradient_checkpointing_fake",
-    "checkpoint_decoder", "compile", "enable_xformers_memory_efficient_attention", "variant", "fsdp",
+    "teacher", "prompts", "test_prompts", "repeats", "compare_steps", "gradient_checkpointing",
+    "gradient_checkpointing_fake", "checkpoint_decoder", "compile", "variant", "fsdp",
+    "enable_xformers_memory_efficient_attention",
 }  # fmt: skip
 """Options that may differ when a run is resumed; files are compared by content instead."""
 
@@ -299,6 +303,11 @@ def check(config: Config) -> None:
         raise InputError("--prompts are for a text-to-image teacher: give its folder or id as --teacher")
     if config.data.prompts is None and config.data.data is None:
         raise InputError("neither --data nor --prompts is given: without them nothing says what images are asked for")
+    if e.test_prompts is not None and config.data.prompts in (None, "shapes"):
+        raise InputError(
+            f"--test-prompts is {e.test_prompts}: it is for prompts of your own, and classes and shapes are judged "
+            "without it; leave it out"
+        )
     if config.teacher.width % 4:
         raise InputError(
             f"--width is {config.teacher.width}: it must be a multiple of 4, for the UNet's normalisations"
@@ -413,7 +422,9 @@ PRESETS: dict[str, Config] = {
             max_train_steps=20_000, batch_size=128, pair_batch_size=128, learning_rate=1e-4, lr_warmup_steps=500,
             lr_cooldown_steps=10_000, ema=0.999, lambda_reg=1.0, regression_on="latents",
         ),
-        evaluation=EvaluationOptions(eval_every=2000, eval_samples=64, final_samples=1000),
+        evaluation=EvaluationOptions(
+            eval_every=2000, eval_samples=64, final_samples=4 * 593, test_prompts="data/emoji64/test",
+        ),
         run=RunOptions(output_dir="runs/emoji", mixed_precision="bf16", checkpointing_steps=2000, log_every=100),
     ),
     # Stable Diffusion v1.5 as the paper distilled it (appendix, "aesthetic score above 6.25"): 72 A100, 36 hours. On 8

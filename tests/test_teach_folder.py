@@ -10,11 +10,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
+from safetensors.torch import save_file
 
 from dmd import teach_folder, teach_miniature
 from dmd.build import Workplace
-from dmd.cli import parts, sample, train
-from dmd.data import shapes
+from dmd.cli import evaluate, parts, sample, train
+from dmd.data import prompts, shapes
 from dmd.data.captioned import Captioned
 from dmd.teach_folder import Folder, FolderOptions
 from dmd.teach_miniature import MiniatureOptions
@@ -138,6 +139,8 @@ def test_emoji_with_the_real_tokenizer(place, tmp_path):
     import subprocess
     import sys
 
+    from torchvision.models import resnet18
+
     subprocess.run([sys.executable, DATA / "unpack.py", "emoji64", tmp_path / "emoji"], check=True)
     figures = []
     for steps in (5, 150):
@@ -155,11 +158,21 @@ def test_emoji_with_the_real_tokenizer(place, tmp_path):
     few = "--pairs 8 --pair-shard-size 4 --teacher-steps 2 --max-train-steps 2 --batch-size 4 --pair-batch-size 4"
     few += " --eval-every 2 --eval-samples 16 --final-samples 16 --mixed-precision no --report-to none --cpu"
     where = ["--teacher", str(tmp_path / "t150"), "--prompts", str(tmp_path / "emoji" / "train")]
-    where += ["--output-dir", str(run), "--cache-dir", str(tmp_path / "cache")]
+    test = str(tmp_path / "emoji" / "test")
+    where += ["--test-prompts", test, "--output-dir", str(run), "--cache-dir", str(tmp_path / "cache")]
     train.main(["emoji", *few.split(), *where])
-    assert json.loads((run / "summary.json").read_text())["generator_updates"] == 2
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["generator_updates"] == 2 and summary["prompts"] == prompts.read(test).texts[:16]
 
-    unseen = ["--prompts", str(tmp_path / "emoji" / "test"), "--seeds", "0", "--out", str(tmp_path / "out")]
+    network = ["--network", "torchvision:resnet18", "--weights", str(tmp_path / "resnet.safetensors")]
+    save_file(resnet18().state_dict(), tmp_path / "resnet.safetensors")
+    against = ["--reference", test, "--bootstrap", "0", "--samples", "8", "--steps", "2", "--cpu"]
+    evaluate.main([str(run), "--teacher", *against, *network, "--out", str(tmp_path / "evaluation")])
+    measured = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
+    assert measured["reference"]["samples"] == 593
+    assert [r["figures"].keys() >= {"FD-resnet18", "diversity"} for r in measured["results"]] == [True, True]
+
+    unseen = ["--prompts", test, "--seeds", "0", "--out", str(tmp_path / "out")]
     sample.main([*unseen, "--student", str(run / "student"), "--no-grid", "--device", "cpu"])
     told = [json.loads(line) for line in (tmp_path / "emoji" / "test" / "metadata.jsonl").read_text().splitlines()]
     found = []

@@ -124,6 +124,33 @@ def test_the_worst_samples_can_be_made_again(world):
         assert (pixels(image) - shown).abs().max() <= 1
 
 
+def test_a_student_is_judged_by_prompts_that_training_does_not_see(world, tmp_path):
+    """The pictures and their captions are of these, what is learnt is not."""
+    unseen, run = ["a green cross", "an orange star"], tmp_path / "run"
+    (tmp_path / "unseen.txt").write_text("\n".join(unseen) + "\n")
+    own = ["--prompts", str(world / "prompts.txt"), "--max-train-steps", "2"]
+    train.main(flags(world, run, *own, "--test-prompts", str(tmp_path / "unseen.txt")))
+    train.main(flags(world, tmp_path / "other", *own))
+    assert equal(weights(run), weights(tmp_path / "other"))
+    told = [json.loads((r / "summary.json").read_text())["prompts"] for r in (run, tmp_path / "other")]
+    assert told == [unseen, PROMPTS]
+    assert "Its captions are those of --test-prompts" in (run / "report.html").read_text()
+    where = ["--student", str(run / "student"), "--seeds", "3", "--out", str(tmp_path / "out"), "--device", "cpu"]
+    sample.main([unseen[1], *where])
+    (file,) = (tmp_path / "out").glob("000-*.png")
+    with Image.open(run / "samples" / "final.png") as picture, Image.open(file) as image:
+        tile = picture.crop((3 * 65, 0, 3 * 65 + 64, 64))
+        assert (pixels(image) - pixels(tile)).abs().max() <= 1
+
+
+def test_prompts_that_training_sees_are_no_test(world, tmp_path):
+    (tmp_path / "some.txt").write_text(f"{PROMPTS[0]}\na green cross\n")
+    config = read(world / "run" / "config.json")
+    config = replace(config, evaluation=replace(config.evaluation, test_prompts=str(tmp_path / "some.txt")))
+    with pytest.warns(UserWarning, match="1 of the 2 different --test-prompts are among --prompts, too"):
+        assert build.judged_prompts(config, PROMPTS) == [PROMPTS[0], "a green cross"]
+
+
 def test_a_run_that_was_stopped_makes_the_same_student(world):
     train.main(flags(world, world / "again", "--max-train-steps", "2"))
     assert not equal(weights(world / "run"), weights(world / "again"))
@@ -439,7 +466,11 @@ def test_prompts_of_any_script_and_length_become_images(world, capsys):
 
 
 REFUSED = {
-    "NUL": (["a\0b"], r"the prompt 'a\\x00b' holds a NUL character: remove it"),
+    "NUL": (["a\0b"], r"the prompt 'a\\x00b': a prompt must not hold the character NUL"),
+    "bytes that are not UTF-8": (
+        ["a\udcff"],
+        r"the prompt 'a\\udcff': a prompt must not hold half of a surrogate pair",
+    ),
     "nothing asked": ([], r"what should the images show\? Give a prompt"),
     "negative prompt": (["x", "--negative-prompt", "blurry"], r"--negative-prompt needs guidance at every step"),
     "negative prompt, unguided": (
@@ -511,11 +542,14 @@ def test_what_cannot_be_distilled_is_refused_before_anything_is_written(world, t
             r"--regression-decoder .*other decodes latents of 3 channels, but the network makes 8",
         ),
         (["--regression-crop", "9"], "--regression-crop is 9, but samples have 8 x 8"),
+        (["--test-prompts", "x.txt"], "--test-prompts is x.txt: it is for prompts of your own"),
+        (["--prompts", "PROMPTS", "--test-prompts", "no.txt"], "--test-prompts: no.txt does not exist: give"),
     ],
 )
 def test_what_training_could_not_do_is_refused_before_pairs_are_made(world, tmp_path, capsys, more, sentence):
     save_tiny(None, tmp_path / "other", channels=3)
-    more = [str(tmp_path / "other") if word == "OTHER" else word for word in more]
+    files = {"OTHER": tmp_path / "other", "PROMPTS": world / "prompts.txt"}
+    more = [str(files.get(word, word)) for word in more]
     with pytest.raises(SystemExit) as stop:
         train.main([*flags(world, tmp_path / "run"), "--cache-dir", str(tmp_path / "cache"), *more])
     assert stop.value.code == 2

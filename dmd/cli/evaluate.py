@@ -324,7 +324,9 @@ def _prompts(
         if options.prompts is not None:
             raise InputError(f"--prompts are for text to image, and {name} knows classes: leave them out")
         return pipeline.classes, 1
-    asked = options.prompts or (run.data.prompts if run is not None else None)
+    asked = options.prompts
+    if asked is None and run is not None:
+        asked = run.evaluation.test_prompts or run.data.prompts
     if asked is None:
         raise InputError(f"what should {name} draw? Give --prompts, a file or folder of prompts")
     repeats = options.repeats if run is None or options.repeats > 1 else run.evaluation.repeats

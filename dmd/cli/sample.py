@@ -96,10 +96,7 @@ def sample(options: SampleOptions) -> None:
             f"--guidance-scale {options.guidance_scale} is for many steps: a one-step student has its guidance built "
             "in; add --teacher or --steps"
         )
-    prompts = list(options.what) + _read_prompts(options.prompts)
-    for prompt in prompts:
-        if "\0" in prompt:
-            raise InputError(f"the prompt {prompt[:60]!r} holds a NUL character: remove it")
+    prompts = _read_prompts(options.what, options.prompts)
     import torch
 
     from dmd import teachers
@@ -215,12 +212,11 @@ def slug(prompt: str) -> str:
     return re.sub(r"[\W_]+", "-", prompt[:40]).strip("-").lower() or "image"
 
 
-def _read_prompts(path: str | None) -> list[str]:
-    if path is None:
-        return []
+def _read_prompts(words: Sequence[str], path: str | None) -> list[str]:
     from dmd.data import prompts
 
-    return prompts.read(path).texts
+    given = [prompts.checked(f"the prompt {word[:60]!r}", word) for word in words]
+    return given if path is None else given + prompts.read(path).texts
 
 
 def find_device(name: str) -> Any:

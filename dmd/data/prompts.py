@@ -54,7 +54,7 @@ def read(path: str | Path) -> Prompts:
     path = Path(path)
     texts, empty = [], 0
     for where, value in _entries(path):
-        text = _checked(where, value)
+        text = checked(where, value)
         if text:
             texts.append(text)
         else:
@@ -81,8 +81,12 @@ def _entries(path: Path) -> Found:
         raise InputError(f"{path} cannot be read: {error}") from None
 
 
-def _checked(where: str, value: Any) -> str:
-    """A prompt without the white space around it; "" for nothing."""
+def checked(where: str, value: Any) -> str:
+    """A prompt without the white space around it; "" for nothing.
+
+    Raises:
+        InputError: it is no text, or holds NUL or half of a surrogate pair.
+    """
     if value is None:
         return ""
     if not isinstance(value, str):
@@ -127,7 +131,7 @@ def caption_of(where: str, line: str) -> str:
     Raises:
         InputError: the line is no JSON object with such a key, or its prompt is no text.
     """
-    return _checked(where, _member_of_json(where, line))
+    return checked(where, _member_of_json(where, line))
 
 
 def _jsonl(path: Path) -> Found:

@@ -93,6 +93,8 @@ def comparison_caption(run: RunFiles) -> str:
     classes = run.student.get("classes")
     if isinstance(classes, list) and 1 < len(classes) <= 12:
         text += f" Classes in turn: {', '.join(map(str, classes))}."
+    if run.option("evaluation", "test_prompts") is not None:
+        text += " Its captions are those of --test-prompts, not of training."
     return text
 
 

@@ -251,6 +251,7 @@ FLAGS = {
     "--learning-speed 3": r"Unrecognized options: --learning-speed.*see train_dmd.py \[PRESET\] --help",
     "--seed -1": r"--seed is -1: it must be at least 0 and below 2\*\*64",
     "--seed abc": r"--seed.*'abc'",
+    "--seed 1.5": r"--seed.*'1.5'",
     "--seed": r"--seed.*1",
     "--objective gan": r"'gan'.*--objective.*'dmd', 'matching', 'regression'",
     "--pairs 0": r"--pairs is 0 and --pair-batch-size 4: the regression loss needs at least 1",
