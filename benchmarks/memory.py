@@ -112,11 +112,8 @@ def _most(networks: list[nn.Module], work: Callable[[], object]) -> int:
     with tracker:
         work()
     (peak,) = tracker.get_tracker_snapshot("peak").values()
-    kept = sum(p.numel() * p.element_size() for net in networks for p in net.parameters())
-    kept += sum(
-        p.grad.numel() * p.grad.element_size() for net in networks for p in net.parameters() if p.grad is not None
-    )
-    return int(peak["Total"]) - kept
+    kept = [t for net in networks for p in net.parameters() for t in (p, p.grad) if t is not None]
+    return int(peak["Total"]) - sum(t.numel() * t.element_size() for t in kept)
 
 
 def count(sizes: Sizes) -> Counts:
@@ -126,37 +123,40 @@ def count(sizes: Sizes) -> Counts:
     with FakeTensorMode(allow_non_fake_inputs=True):
         unet, vae, text = networks(sizes)
         vgg = vgg16(weights=None).features
+        real = networks(sizes)[0]  # the tracker takes each network once
         codec, (noises, paired) = KL(vae, 1.0), TOGETHER
-        rows = work_unit((4, sizes.side, sizes.side), codec)
 
-        real = networks(sizes)[0]
+        def latents(rows: int) -> Tensor:
+            return torch.zeros(rows, 4, sizes.side, sizes.side)
 
         def call(rows: int, net: nn.Module = unet) -> Tensor:
-            z, text_of = torch.zeros(rows, 4, sizes.side, sizes.side), torch.zeros(rows, sizes.tokens, sizes.text_width)
+            """Of weights that are trained autocast keeps a bf16 copy while a pass takes."""
+            inputs = latents(rows), torch.full((rows,), 999), torch.zeros(rows, sizes.tokens, sizes.text_width)
+            with torch.autocast("cpu", torch.bfloat16, cache_enabled=torch.is_grad_enabled()):
+                return net(*inputs, return_dict=False)[0]
+
+        def perceptual(x: Tensor) -> Tensor:
             with torch.autocast("cpu", torch.bfloat16):
-                return net(z, torch.full((rows,), 999), text_of, return_dict=False)[0]
+                image = nn.functional.interpolate(vae.decode(x).sample, size=LPIPS_SIZE, mode="bilinear")
+                return vgg(image).float().square().mean()
 
         def matching() -> Tensor:
             return call(1).float().square().mean()
 
         def regression() -> Tensor:
-            x = call(1)
-            with torch.autocast("cpu", torch.bfloat16):
-                return vgg(vae.decode(x).sample).float().square().mean()
+            return perceptual(call(1))
 
         def together() -> Tensor:
             x = call(noises + paired)
             with torch.no_grad():
-                call(2 * (noises + paired), real)
-            with torch.autocast("cpu", torch.bfloat16):
-                image = nn.functional.interpolate(vae.decode(x[noises:]).sample, size=LPIPS_SIZE, mode="bilinear")
-                return vgg(image).float().square().mean() + x.float().square().mean()
+                call(2 * len(x), real)
+            return perceptual(x[noises:]) + x.float().square().mean()
 
         with torch.no_grad():
+            rows = work_unit(latents(1).shape[1:], codec)
             sampling = _most([unet], lambda: call(2 * rows))
             pixels = (sizes.side * codec.factor) ** 2
-            part = min(rows, SLICE // pixels)
-            decoding = _most([vae], lambda: codec.decode(torch.zeros(part, 4, sizes.side, sizes.side)))
+            decoding = _most([vae], lambda: codec.decode(latents(min(rows, SLICE // pixels))))
             decoding += 2 * rows * 3 * pixels * FLOAT  # images of the slices, and all of them
         found: dict[str, dict[bool, int]] = {"matching": {}, "regression": {}}
         for recompute in (False, True):
