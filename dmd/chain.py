@@ -38,6 +38,9 @@ CARD = (
 ROWS = ("x", "x0_real", "x0_fake", "student", "teacher")
 """Titles of what `evaluation.inspect` returns."""
 
+SHOWN = 16
+"""The picture of the comparison shows so many samples, where they are asked for by prompts."""
+
 EXTREMES = 8
 """The report shows so many of the best samples, and of the worst."""
 
@@ -218,7 +221,7 @@ class Chain:
         figures, x_student, x_teacher = evaluation.compare(
             judge, student_generator(student.denoiser), generator, config.evaluation.final_samples, evaluations
         )
-        count = min(2 * len(judge.prompts), 32) if judge.best else 16
+        count = min(2 * len(judge.prompts), 32) if judge.best else SHOWN
         shown = [x[:count] for x in (x_student, x_teacher)]
         scale = max(1, 32 // x_student.shape[-1])
         evaluation.save_grid(shown, self.folder / "samples" / "final.png", scale, ("student", "teacher"))
@@ -239,14 +242,14 @@ class Chain:
         critic = 0 if d.objective == "regression" else updates * d.critic_steps_per_generator_step
         fresh = 0 if d.objective == "regression" else d.batch_size * d.critic_steps_per_generator_step
         per_step = fresh + (0 if d.objective == "matching" else d.pair_batch_size)
-        teacher, student = figures["teacher"], figures["student"]
+        teacher, student, count = figures["teacher"], figures["student"], self.config.evaluation.final_samples
         summary = {
             "preset": self.config.preset,
             "objective": d.objective,
             "metric": judge.name,
             "reference_images": judge.reference_images,
-            "samples": self.config.evaluation.final_samples,
-            "prompts": list(judge.prompts[:16]) if judge.best is None else [],
+            "samples": count,
+            "prompts": [] if judge.best else [judge.prompts[i] for i in judge.numbers(count)[:SHOWN].tolist()],
             "wall_seconds": self.watch.seconds,
             "distil_seconds": progress.seconds,
             "generator_updates": updates,

@@ -133,7 +133,7 @@ def test_a_student_is_judged_by_prompts_that_training_does_not_see(world, tmp_pa
     train.main(flags(world, tmp_path / "other", *own))
     assert equal(weights(run), weights(tmp_path / "other"))
     told = [json.loads((r / "summary.json").read_text())["prompts"] for r in (run, tmp_path / "other")]
-    assert told == [unseen, PROMPTS]
+    assert told == [unseen * 8, PROMPTS * 4]  # those of the sixteen pictures
     assert "Its captions are those of --test-prompts" in (run / "report.html").read_text()
     where = ["--student", str(run / "student"), "--seeds", "3", "--out", str(tmp_path / "out"), "--device", "cpu"]
     sample.main([unseen[1], *where])
