@@ -166,13 +166,13 @@ def test_separate_guidance_times_change_the_gradient_only(world):
 
 
 def test_the_real_score_may_have_a_guidance_of_its_own(world, monkeypatch):
-    """Its part (s - 1)(cond - uncond) at 2 is half that at the preset's 3, but for the normaliser; pairs stay."""
+    """Its part (s - 1)(cond - uncond) at 2.5 is 1.5 times that at the preset's 2, but for the normaliser."""
     scales, many_step = [], build.many_step
     monkeypatch.setattr(build, "many_step", lambda c, real, n: scales.append(real.scale) or many_step(c, real, n))
-    train.main(flags(world, world / "weaker", "--matching-guidance", "2"))
-    a, b = figures(world / "run")[0], figures(world / "weaker")[0]
-    assert a["loss/regression"] == b["loss/regression"]
-    assert a["health/guidance_part"] == pytest.approx(2 * b["health/guidance_part"], rel=0.2)
+    train.main(flags(world, world / "stronger", "--matching-guidance", "2.5"))
+    usual, strong = (figures(world / run)[0] for run in ("run", "stronger"))
+    assert usual["loss/regression"] == strong["loss/regression"]
+    assert strong["health/guidance_part"] == pytest.approx(1.5 * usual["health/guidance_part"], rel=0.1)
     assert scales == [3.0, 3.0], "pairs, and the teacher that the student is compared with"
 
 
