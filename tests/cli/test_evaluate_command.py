@@ -229,7 +229,7 @@ def test_images_are_scored_against_their_captions_by_a_clip_of_open_clip(tmp_pat
         ({"seed": -1}, "--seed is -1"),
         ({"protocol": "clean-fid", "network": "inception"}, "leave out --network"),
         ({"weights": "x"}, "--weights are for"),
-        ({"clip_prefix": "A "}, "are for --clip"),
+        ({"clip_prefix": "A "}, "is for --clip"),
     ],
 )
 def test_options_are_checked_first(options, sentence):
