@@ -383,7 +383,7 @@ def make_gap(config: Config, embeddings: Tensor, clip: Clip) -> Gap:
         text = None if clip.text_mean is None else clip.text_mean.cpu()
         return Gap(embeddings.float().mean(0), text, noise)
     zero = torch.zeros(embeddings.shape[1])
-    return Gap(zero, zero, noise)
+    return Gap(zero, zero.clone(), noise)  # in a file no two tensors may share their memory
 
 
 def reembedding(found: Tokenizer, clip: Clip) -> Reembed:

@@ -214,12 +214,19 @@ def test_a_network_that_cannot_judge_is_refused_at_the_beginning(tmp_path):
     ("gap", "centred", "noise"),
     [("none", False, 0.0), ("noise", False, 0.4), ("centre", True, 0.0), ("centre+noise", True, 0.4)],
 )
-def test_the_gaps_remedies(gap, centred, noise, small_clip, rng):
+def test_the_gaps_remedies_do_what_they_say_and_are_kept_with_the_model(
+    gap, centred, noise, run, small_clip, rng, tmp_path
+):
     config = replace(Config(), transformer=TransformerOptions(gap=gap, gap_noise=0.4))
     e = torch.nn.functional.normalize(torch.randn(50, 8, generator=rng) + 3, dim=-1)
     found = make_gap(config, e, clips.load(small_clip, torch.device("cpu")))
     assert found.noise == noise
     assert (found.image(e).mean(0).norm() < 0.3) == centred
+    cpu, clip = torch.device("cpu"), str(run[0] / "model" / "clip")
+    model.save(replace(model.load(run[0] / "model", cpu), gap=found), tmp_path, clip, {})
+    again = model.load(tmp_path, cpu).gap
+    assert again.noise == noise
+    assert torch.equal(again.image(e), found.image(e)) and torch.equal(again.text(e), found.text(e))
 
 
 EMOJI = [*TINY, "--groups", "1", "--blocks", "1", "--mixed-precision", "no", "--discriminator-width", "4"]
