@@ -88,9 +88,10 @@ def finish(name: str, results: Any, file: Path | None) -> None:
 
 
 def without_places(arguments: Sequence[str]) -> list[str]:
-    """A command's arguments but for where things lay on its machine."""
+    """A command's arguments but for where things lay on its machine: of an absolute path only the last name stays."""
     pairs = zip(("", *arguments), arguments, strict=False)
-    return [word for before, word in pairs if not {before, word} & {"--json", "--plot", "--folder"}]
+    kept = [word for before, word in pairs if not {before, word} & {"--json", "--plot", "--folder"}]
+    return [Path(word).name if Path(word).is_absolute() else word for word in kept]
 
 
 def seconds(work: Callable[[], object], runs: int, warm_up: int = 2) -> list[float]:

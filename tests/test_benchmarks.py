@@ -250,3 +250,10 @@ def test_the_large_step_can_be_dealt_out():
     d, m = config.distill, config.memory
     assert d.batch_size % d.gradient_accumulation_steps == 0 and d.pair_batch_size % d.pair_accumulation_steps == 0
     assert config.preset == "sd15" and m.real_in_bf16 and not m.gradient_checkpointing and not m.checkpoint_decoder
+
+
+def test_a_kept_line_does_not_tell_where_things_lay():
+    from benchmarks.common import without_places
+
+    given = ["--student", "shapes-student", "--clipgen", "/home/me/runs/clipgen", "--json", "/tmp/x.json", "--quick"]
+    assert without_places(given) == ["--student", "shapes-student", "--clipgen", "clipgen", "--quick"]
