@@ -1,29 +1,20 @@
 """Two processes train tokenizer and transformer as one does with the whole batch."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import tiny_tasks
 import torch
+import two_processes
 
 from dmd.batches import Share
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
     """The folder of what two processes have trained."""
     folder = tmp_path_factory.mktemp("together")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*command, str(Path(tiny_tasks.__file__)), str(folder)],
-        env=environment, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+    done = two_processes.run([str(Path(tiny_tasks.__file__)), str(folder)])
     assert done.returncode == 0, done.stderr
     return folder
 

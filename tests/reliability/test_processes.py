@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,13 +13,10 @@ import pytest
 import small
 import torch
 from small import Job, assert_same
+from two_processes import ENVIRONMENT, ROOT, TORCHRUN
 
 from dmd import checkpoint
 from dmd.batches import Share
-
-ROOT = Path(__file__).parents[2]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
 
 
 def start(arguments: list[str]) -> subprocess.Popen:

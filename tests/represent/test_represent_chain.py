@@ -2,9 +2,6 @@
 
 import base64
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import two_processes
 from PIL import Image
 
 from dmd.cli import parts
@@ -191,12 +189,7 @@ def test_the_command_in_two_processes_is_the_command_in_one(tmp_path, pictures):
     """Losses, and the backbone: sums of two halves round differently, and nothing else differs."""
     one = run("stablerep", tmp_path / "one", pictures)
     argv = ["stablerep", "shapes", "--data", str(pictures), "--output-dir", str(tmp_path / "two"), *TINY]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "dmd"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*launch, "represent", *argv, "--image-size", "16"],
-        env=environment, capture_output=True, text=True, timeout=180, check=False,
-    )  # fmt: skip
+    done = two_processes.run(["-m", "dmd", "represent", *argv, "--image-size", "16"])
     assert done.returncode == 0, done.stderr
     rows = [read_jsonl(folder / "metrics.jsonl") for folder in (one, tmp_path / "two")]
     for a, b in zip(*rows, strict=True):

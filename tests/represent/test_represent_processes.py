@@ -1,32 +1,20 @@
 """Two processes compute the loss and the gradient of one, for all learners."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import tiny_learners as little
 import torch
+import two_processes
 
 from dmd.batches import Share
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
     """The folder of what two processes have computed."""
     folder = tmp_path_factory.mktemp("together")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*command, str(Path(little.__file__)), str(folder)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
+    done = two_processes.run([str(Path(little.__file__)), str(folder)])
     assert done.returncode == 0, done.stderr
     return folder
 

@@ -1,13 +1,10 @@
 """FSDP: two processes that each hold half of what is trained do what one does, and leave the same files."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+import two_processes
 from safetensors.torch import load_file
 from tiny import save_pipeline
 
@@ -16,8 +13,6 @@ from dmd.cli import train
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-ROOT = Path(__file__).parents[2]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 LOSSES = ("loss/matching", "loss/regression", "loss/fake", "grad/student", "grad/fake", "health/normaliser")
 
 HOW: dict[str, tuple[list[str], dict[str, str]]] = {
@@ -53,9 +48,7 @@ def figures(run):
 
 
 def together(root, name, *more, **environment):
-    variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""} | environment
-    command = [*TORCHRUN, str(ROOT / "train_dmd.py"), *flags(root, name, *more)]
-    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
+    return two_processes.run([str(two_processes.ROOT / "train_dmd.py"), *flags(root, name, *more)], 300, **environment)
 
 
 def assert_same_training(a, b):
