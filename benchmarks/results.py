@@ -245,6 +245,19 @@ def representation_plots(measured: Measured) -> dict[str, str]:
     return {f"{measured.key}.svg": experiment_chart(r["experiment"], r["world"], r["seeds"], r["arms"])}
 
 
+def learner(measured: Measured) -> str:
+    body = [
+        [
+            m["method"], f"{m['views']:,}", f"{m['step_ms']:.4g}", f"{m['bare_ms']:.4g}",
+            f"{m['ratio']:.3f} ± {m['ratio_spread']:.3f}", f"{m['batch_ms']:.4g}",
+        ]
+        for m in measured.results["methods"]
+    ]  # fmt: skip
+    presets = ", ".join(dict.fromkeys(m["preset"] for m in measured.results["methods"]))
+    titles = [f"Preset {presets}", "views", "step, ms", "bare calls, ms", "bare / step", "a batch, ms"]
+    return rows(titles, body)
+
+
 def text_to_image(measured: Measured) -> str:
     r = measured.results
     body = []
@@ -321,6 +334,12 @@ SECTIONS = {
         "Probes of backbones that learnt from synthetic and from real images.",
         representation,
         representation_plots,
+    ),
+    "learner": Section(
+        "A learner's step",
+        "Against forward and backward of its networks, target 0.90; and what reading and augmenting a batch takes, "
+        "which workers can do meanwhile.",
+        learner,
     ),
     "text_to_image": Section(
         "Text to image",

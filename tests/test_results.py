@@ -81,6 +81,14 @@ def test_clip_gen_stands_beside_the_student_and_its_costs(tmp_path):
     assert table["clip"] == ["0.41", "70,400", "29"] and "at most 6.0e-07" in text and not plots
 
 
+def test_a_learners_step_stands_beside_its_bare_calls(tmp_path):
+    row = {"method": "simclr", "preset": "digits", "views": 256, "step_ms": 200.0, "bare_ms": 190.0, "ratio": 0.95}
+    found = {"flags": [], "methods": [row | {"ratio_spread": 0.01, "batch_ms": 30.5}]}
+    write(tmp_path, "learner-x", "learner", found)
+    text, _ = results.page(results.read(tmp_path))
+    assert ["simclr", "256", "200", "190", "0.950 ± 0.010", "30.5"] in cells(text) and "| Preset digits |" in text
+
+
 def test_sampling_is_compared_with_the_floor_of_its_own_device(tmp_path):
     """2 TFLOP at 500 TFLOP/s are 4 ms, whatever the batch."""
     write(tmp_path, "sampling-x", "sampling", SAMPLING, ["--json", "/home/me/s.json", "--batch-sizes", "1", "8"])
