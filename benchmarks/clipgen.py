@@ -35,27 +35,32 @@ from dmd.ema import Ema
 from dmd.run import clip_and_check
 from dmd.seeding import Stream
 
-CACHED = TransformerConfig(codes=1024, length=256, condition=128, layers=4, width=128, heads=4)
+CACHED = TransformerConfig(codes=1024, code_width=8, length=256, condition=128, layers=4, width=128, heads=4)
 """The transformer of the first measurement, small as on a laptop; larger ones gain more."""
+
+
+def codebook(config: TransformerConfig) -> Tensor:
+    """Codes of length one, of any kind."""
+    return F.normalize(torch.randn(config.codes, config.code_width), dim=-1)
 
 
 @torch.no_grad()
 def uncached(net: ConditionalTransformer, condition: Tensor, seeds: Tensor) -> Tensor:
     """As `sampling.tokens` without guidance, by a full pass over all tokens so far for each token."""
     uniform = seeding.as_uniform(seeding.bits(0, Stream.TOKEN, 0, seeds.cpu(), net.config.length)).to(condition.device)
-    inputs = net.prefix(condition)
+    inputs, vectors, outputs = net.prefix(condition), net.inputs(net.codebook), net.outputs(net.codebook)
     found: list[Tensor] = []
     while True:
-        logits = net.gpt(inputs_embeds=inputs, use_cache=False).logits[:, -1]
+        logits = F.linear(net.gpt(inputs_embeds=inputs, use_cache=False).last_hidden_state[:, -1], outputs)
         found.append(sampling.choose(sampling.probabilities(logits, Sampler()), uniform[:, len(found)]))
         if len(found) == net.config.length:
             return torch.stack(found, dim=1)
-        inputs = torch.cat((inputs, net.gpt.transformer.wte(found[-1])[:, None]), dim=1)
+        inputs = torch.cat((inputs, vectors[found[-1]][:, None]), dim=1)
 
 
 def cache(device: torch.device, batch: int, runs: int) -> dict[str, float]:
     """The first measurement."""
-    net = ConditionalTransformer(CACHED).to(device).eval()
+    net = ConditionalTransformer(CACHED, codebook(CACHED)).to(device).eval()
     condition = F.normalize(torch.randn(batch, CACHED.condition, device=device), dim=-1)
     seeds = torch.arange(batch)
     ours, theirs = [], []
@@ -109,9 +114,9 @@ def tokenizer_step(config: Config, device: torch.device, runs: int) -> dict[str,
 def transformer_step(config: Config, device: torch.device, runs: int) -> dict[str, float]:
     """A transformer's step."""
     o, sizes = config.transformer, transformer_config(config)
-    net = ConditionalTransformer(sizes).to(device)
-    optimizer = transformer.optimizer(net, o.learning_rate, o.weight_decay)
-    task = Modelling(net, optimizer, Ema(net, o.ema), 0.0, lambda m: m, 1.0, clip_and_check, 0)
+    net = ConditionalTransformer(sizes, codebook(sizes)).to(device)
+    optimizers = transformer.optimizers(net, o.learning_rate, o.weight_decay, o.muon)
+    task = Modelling(net, optimizers, Ema(net, o.ema), 0.0, lambda m: m, 1.0, clip_and_check, 0)
     tokens = torch.randint(0, sizes.codes, (1024, sizes.length))
     embeddings = F.normalize(torch.randn(1024, sizes.condition), dim=-1)
     gap = Gap(embeddings.mean(0), None, o.gap_noise)
@@ -121,7 +126,8 @@ def transformer_step(config: Config, device: torch.device, runs: int) -> dict[st
     def bare() -> None:
         net.zero_grad()
         F.cross_entropy(net(b.condition, b.tokens, b.dropped).flatten(0, 1), b.tokens.flatten()).backward()
-        optimizer.step()
+        for optimizer in optimizers.values():
+            optimizer.step()
 
     return share(lambda step: task.step(step, batches(step)), bare, runs)
 
@@ -129,7 +135,8 @@ def transformer_step(config: Config, device: torch.device, runs: int) -> dict[st
 def transformer_config(config: Config) -> TransformerConfig:
     o, found = config.transformer, tokenizer_config(config)
     width = config.clip.clip_width if config.clip.clip is None else 512
-    return TransformerConfig(found.codes, found.length, width, o.layers, o.width, o.heads, o.dropout, o.prefix)
+    lengths = (found.codes, found.code_width, found.length)
+    return TransformerConfig(*lengths, width, o.layers, o.width, o.heads, o.dropout, o.prefix)
 
 
 def counted(net: nn.Module, call: Callable[[Any], Tensor]) -> float:

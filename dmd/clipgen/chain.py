@@ -311,13 +311,14 @@ class Chain:
     def _transformer(self, found: Tokenizer, clip: Clip, tokens: Tensor, embeddings: Tensor) -> Model:
         o, run, place = self.config.transformer, self.config.run, self.place
         gap = make_gap(self.config, embeddings, clip)
+        t = found.config
         sizes = TransformerConfig(
-            found.config.codes, found.config.length, clip.width, o.layers, o.width, o.heads, o.dropout, o.prefix
+            t.codes, t.code_width, t.length, clip.width, o.layers, o.width, o.heads, o.dropout, o.prefix
         )
-        net = self._fresh(lambda: ConditionalTransformer(sizes))
+        net = self._fresh(lambda: ConditionalTransformer(sizes, found.codebook.cpu()))
         ema = Ema(net, o.ema)
         task = Modelling(
-            net, transformer.optimizer(net, o.learning_rate, o.weight_decay), ema, o.embedding_weight,
+            net, transformer.optimizers(net, o.learning_rate, o.weight_decay, o.muon), ema, o.embedding_weight,
             reembedding(found, clip), o.max_grad_norm, clip_and_check, run.seed, place.accelerator.process_index,
             place.autocast,
         )  # fmt: skip
@@ -368,7 +369,7 @@ def _check_files(config: Config) -> None:
 def tokenizer_config(config: Config) -> TokenizerConfig:
     """What a config's tokenizer is made of."""
     o = config.tokenizer
-    sizes = ConvSizes(o.patch, o.widths, o.blocks, o.groups, o.attention)
+    sizes = ConvSizes(o.patch, o.widths, o.blocks, o.groups, o.attention, o.square_blocks)
     alike = o.tokenizer_batch_size * options.grid(config) ** 2 / o.codes
     return TokenizerConfig(
         config.data.size, sizes, o.codes, o.code_width, o.commitment, o.code_decay, o.dead_below * alike

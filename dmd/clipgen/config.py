@@ -46,9 +46,14 @@ class TokenizerOptions:
     blocks: int = 1
     """Blocks of each resolution in the encoder; the decoder has one more."""
     groups: int = 1
-    """Groups of all normalisations. One keeps the levels of flat colours."""
+    """Groups of all normalisations, VQGAN's. With 0 each place is normalised by itself, so that a token says what is at
+    its place and nothing else of the image: the same thing elsewhere has the same tokens."""
     attention: bool = False
     """Attention at the coarsest resolution."""
+    square_blocks: int = 0
+    """Blocks of an encoder that sees each token's square of pixels by itself, as a vision transformer's patches, so
+    that empty ground has one token wherever it is; 0 is VQGAN's encoder, which sees around each. The decoder sees all
+    tokens around in any case."""
     codes: int = 512
     """How many codes there are."""
     code_width: int = 8
@@ -126,6 +131,9 @@ class TransformerOptions:
     max_train_steps: int = 1600
     batch_size: int = 64
     learning_rate: float = 2e-3
+    muon: bool = False
+    """Update the layers' matrices by Muon, at the same rate, and the rest by AdamW: fewer steps, each a little
+    slower."""
     weight_decay: float = 0.05
     lr_warmup_steps: int = 100
     lr_cooldown_steps: int = 1000
@@ -206,7 +214,7 @@ def check(config: Config) -> None:
     s, e, r = config.sampling, config.evaluation, config.run
     positive = {
         "--size": d.size, "--images": d.images, "--patch": t.patch, "--widths": min(t.widths, default=0),
-        "--blocks": t.blocks, "--groups": t.groups, "--code-width": t.code_width,
+        "--blocks": t.blocks, "--code-width": t.code_width,
         "--discriminator-width": t.discriminator_width, "--discriminator-layers": t.discriminator_layers,
         "--tokenizer-steps": t.tokenizer_steps, "--tokenizer-batch-size": t.tokenizer_batch_size,
         "--tokenizer-lr": t.tokenizer_lr, "--clip-patch": c.clip_patch, "--clip-widths": min(c.clip_widths, default=0),
@@ -224,7 +232,8 @@ def check(config: Config) -> None:
         if count < 2:
             raise InputError(f"{flag} is {count}: it must be at least 2")
     not_negative = {
-        "--commitment": t.commitment, "--dead-below": t.dead_below, "--perceptual-weight": t.perceptual_weight,
+        "--groups": t.groups, "--square-blocks": t.square_blocks, "--commitment": t.commitment,
+        "--dead-below": t.dead_below, "--perceptual-weight": t.perceptual_weight,
         "--adversarial": t.adversarial, "--adversarial-from": t.adversarial_from,
         "--embedding-weight": m.embedding_weight, "--weight-decay": m.weight_decay,
         "--lr-warmup-steps": m.lr_warmup_steps, "--lr-cooldown-steps": m.lr_cooldown_steps, "--top-k": s.top_k,
@@ -250,7 +259,7 @@ def check(config: Config) -> None:
                 f"--size is {d.size}: it must be divisible by {patch * 2 ** (len(widths) - 1)}, since {flag} "
                 f"{' '.join(map(str, widths))} with patches of {patch} pixels makes the image so many times smaller"
             )
-    wrong = [w for w in t.widths if w % t.groups]
+    wrong = [w for w in t.widths if t.groups and w % t.groups]
     if wrong:
         raise InputError(f"--widths has {wrong[0]}, which {t.groups} --groups do not divide: give a multiple")
     for flag, width, heads in (("--width", m.width, m.heads), ("--clip-text-width", c.clip_text_width, 4)):

@@ -19,8 +19,11 @@ class ConvSizes:
         patch: side of the pixel squares that are folded into channels.
         widths: channels of each resolution, from fine to coarse.
         blocks: residual blocks of each resolution.
-        groups: of the normalisations; divides all widths.
+        groups: of the normalisations; divides all widths. With none each place is normalised by itself, so that what
+            the encoder says of a place depends on what is near it alone: GroupNorm's statistics are of the whole image.
         attention: whether the coarsest resolution has attention.
+        square_blocks: blocks of an encoder that sees each square of `reduction` pixels by itself; 0 for one that is the
+            decoder's mirror.
     """
 
     patch: int
@@ -28,6 +31,7 @@ class ConvSizes:
     blocks: int
     groups: int = 1
     attention: bool = False
+    square_blocks: int = 0
 
     @property
     def reduction(self) -> int:
@@ -35,13 +39,26 @@ class ConvSizes:
         return self.patch * 2 ** (len(self.widths) - 1)
 
 
-class Block(nn.Module):
-    """x + two normalised 3 x 3 convolutions, the second of which starts at zero."""
+class PlaceNorm(nn.LayerNorm):
+    """LayerNorm over the channels of each place of a map (B, C, H, W) by itself."""
 
-    def __init__(self, width: int, groups: int):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def norm(width: int, groups: int) -> nn.Module:
+    """GroupNorm of so many groups; PlaceNorm for none."""
+    return nn.GroupNorm(groups, width) if groups else PlaceNorm(width)
+
+
+class Block(nn.Module):
+    """x + two normalised convolutions, the second of which starts at zero."""
+
+    def __init__(self, width: int, groups: int, kernel: int = 3):
         super().__init__()
-        self.norm1, self.norm2 = nn.GroupNorm(groups, width), nn.GroupNorm(groups, width)
-        self.conv1, self.conv2 = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
+        self.norm1, self.norm2 = norm(width, groups), norm(width, groups)
+        self.conv1 = nn.Conv2d(width, width, kernel, padding=kernel // 2)
+        self.conv2 = nn.Conv2d(width, width, kernel, padding=kernel // 2)
         nn.init.zeros_(self.conv2.weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -54,7 +71,7 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, groups: int):
         super().__init__()
-        self.norm = nn.GroupNorm(groups, width)
+        self.norm = norm(width, groups)
         self.qkv = nn.Conv2d(width, 3 * width, 1)
         self.out = nn.Conv2d(width, width, 1)
         nn.init.zeros_(self.out.weight)
@@ -92,7 +109,25 @@ class Encoder(nn.Sequential):
             if i:
                 parts.append(nn.Conv2d(widths[i - 1], width, 3, stride=2, padding=1))
             parts += _blocks(width, sizes.blocks, sizes, i == last)
-        super().__init__(*parts, nn.GroupNorm(sizes.groups, widths[-1]), nn.SiLU())
+        super().__init__(*parts, norm(widths[-1], sizes.groups), nn.SiLU())
+
+
+class SquareEncoder(nn.Sequential):
+    """The same, but each feature is of its own square of pixels and of nothing beside it: the same square has the same
+    features wherever it is."""
+
+    WIDTH = 256
+
+    def __init__(self, sizes: ConvSizes):
+        first = nn.Conv2d(3 * sizes.reduction**2, self.WIDTH, 1)
+        blocks = [Block(self.WIDTH, 0, kernel=1) for _ in range(sizes.square_blocks)]
+        last = nn.Conv2d(self.WIDTH, sizes.widths[-1], 1)
+        super().__init__(nn.PixelUnshuffle(sizes.reduction), first, *blocks, PlaceNorm(self.WIDTH), nn.SiLU(), last)
+
+
+def encoder(sizes: ConvSizes) -> nn.Sequential:
+    """The encoder of these sizes."""
+    return SquareEncoder(sizes) if sizes.square_blocks else Encoder(sizes)
 
 
 class Decoder(nn.Module):
@@ -110,7 +145,7 @@ class Decoder(nn.Module):
             if i:
                 parts.append(Upsample(widths[i - 1], width))
             parts += _blocks(width, sizes.blocks + 1, sizes, i == 0)
-        self.body = nn.Sequential(*parts, nn.GroupNorm(sizes.groups, widths[-1]), nn.SiLU())
+        self.body = nn.Sequential(*parts, norm(widths[-1], sizes.groups), nn.SiLU())
         self.last = nn.Conv2d(widths[-1], 3 * sizes.patch**2, 3, padding=1)
         self.patch = sizes.patch
 

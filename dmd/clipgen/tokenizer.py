@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from dmd import checkpoint, processes
 from dmd.chance import pinned
-from dmd.clipgen.networks import ConvSizes, Decoder, Encoder, sizes_from
+from dmd.clipgen.networks import ConvSizes, Decoder, encoder, sizes_from
 from dmd.errors import InputError
 from dmd.run import NotFinite
 from dmd.seeding import Stream
@@ -70,7 +70,7 @@ class Tokenizer(nn.Module):
 
         self.config = config
         width = config.sizes.widths[-1]
-        self.encoder, self.decoder = Encoder(config.sizes), Decoder(config.sizes)
+        self.encoder, self.decoder = encoder(config.sizes), Decoder(config.sizes)
         # The package's beta is on the encoder's term; the codes are averages, so there is no other for it to slip to.
         self.quantizer: Any = VectorQuantize(
             dim=width,

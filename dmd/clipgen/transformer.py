@@ -2,11 +2,14 @@
 
 Wang et al. 2022 (CLIP-GEN, arXiv 2203.00386), equations of section 3.2; the network is transformers' GPT-2 (pre-norm,
 learnt positions), fed by `inputs_embeds`.
+
+A token's vectors, as input and in the logits, are partly a function of its code (`CodeVectors`). The published model
+has tables, which know nothing of what codes stand for and learn each by itself.
 """
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,7 @@ class TransformerConfig:
 
     Attributes:
         codes: how many tokens there are.
+        code_width: numbers in the code that a token stands for.
         length: tokens of an image.
         condition: numbers in an embedding.
         layers, width, heads: of the transformer.
@@ -40,6 +44,7 @@ class TransformerConfig:
     """
 
     codes: int
+    code_width: int
     length: int
     condition: int
     layers: int
@@ -49,17 +54,43 @@ class TransformerConfig:
     prefix: int = 1
 
 
-class ConditionalTransformer(nn.Module):
-    """p(token t | embedding, tokens before t); fresh weights come from torch's global random state."""
+class CodeVectors(nn.Module):
+    """A vector for each token: one of its own, and what a small network makes of its code.
+
+    So what is learnt about a token is learnt about those that look like it.
+    """
+
+    HIDDEN = 256
+    SCALE = 0.1  # of the network's part at the start, beside 0.02 of the own vectors, GPT-2's
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        from transformers import GPT2Config, GPT2LMHeadModel
+        self.own = nn.Parameter(0.02 * torch.randn(config.codes, config.width))
+        layers = nn.Linear(config.code_width, self.HIDDEN), nn.GELU(), nn.Linear(self.HIDDEN, config.width)
+        self.shared = nn.Sequential(*layers)
+
+    def forward(self, codebook: Tensor) -> Tensor:
+        """(codes, width) from codes (codes, code_width) of length one."""
+        return self.own + self.SCALE * self.shared(codebook * codebook.shape[1] ** 0.5)
+
+
+class ConditionalTransformer(nn.Module):
+    """p(token t | embedding, tokens before t); fresh weights come from torch's global random state.
+
+    Args:
+        codebook: (codes, code_width) of the tokenizer, kept with the weights; left out where weights will be loaded.
+    """
+
+    codebook: Tensor
+
+    def __init__(self, config: TransformerConfig, codebook: Tensor | None = None):
+        super().__init__()
+        from transformers import GPT2Config, GPT2Model
 
         self.config = config
-        self.gpt: Any = GPT2LMHeadModel(
+        self.gpt: Any = GPT2Model(
             GPT2Config(
-                vocab_size=config.codes,
+                vocab_size=1,  # its table of tokens is not used
                 n_positions=config.prefix + config.length - 1,  # all tokens but the last
                 n_embd=config.width,
                 n_layer=config.layers,
@@ -68,11 +99,15 @@ class ConditionalTransformer(nn.Module):
                 resid_pdrop=config.dropout,
                 embd_pdrop=config.dropout,
                 attn_pdrop=config.dropout,
-                tie_word_embeddings=False,
                 bos_token_id=None,
                 eos_token_id=None,
             )
         )
+        self.gpt.set_input_embeddings(nn.Identity())
+        self.register_buffer("codebook", torch.zeros(config.codes, config.code_width))
+        if codebook is not None:
+            self.codebook.copy_(codebook)
+        self.inputs, self.outputs = CodeVectors(config), CodeVectors(config)
         self.project = nn.Linear(config.condition, config.prefix * config.width)
         self.null = nn.Parameter(0.02 * torch.randn(config.prefix, config.width))
 
@@ -80,10 +115,10 @@ class ConditionalTransformer(nn.Module):
         """The first inputs (B, prefix, width).
 
         Args:
-            condition: (B, condition).
+            condition: (B, condition) of length one.
             dropped: bool (B,), where the learnt embedding of no condition stands instead.
         """
-        found = self.project(condition).unflatten(1, self.null.shape)
+        found = self.project(condition * self.config.condition**0.5).unflatten(1, self.null.shape)  # unit variance
         if dropped is not None:
             found = torch.where(dropped[:, None, None], self.null.to(found.dtype), found)
         return found
@@ -96,19 +131,31 @@ class ConditionalTransformer(nn.Module):
             tokens: (B, length) int64; the last one is not looked at.
             dropped: see `prefix`.
         """
-        before = self.gpt.transformer.wte(tokens[:, :-1])
+        before = F.embedding(tokens[:, :-1], self.inputs(self.codebook))
         inputs = torch.cat((self.prefix(condition, dropped), before), dim=1)
-        return self.gpt(inputs_embeds=inputs, use_cache=False).logits[:, self.config.prefix - 1 :]
+        hidden = self.gpt(inputs_embeds=inputs, use_cache=False).last_hidden_state[:, self.config.prefix - 1 :]
+        return F.linear(hidden, self.outputs(self.codebook))
 
-    def start(self, prefix: Tensor) -> tuple[Tensor, Any]:
-        """Logits (B, codes) of the first token after the prefix (B, prefix, width), and the keys and values so far."""
-        out = self.gpt(inputs_embeds=prefix, use_cache=True)
-        return out.logits[:, -1], out.past_key_values
+    def start(self, prefix: Tensor) -> tuple[Tensor, "Past"]:
+        """Logits (B, codes) of the first token after the prefix (B, prefix, width), and what `following` needs."""
+        return self._next(prefix, Past(self.inputs(self.codebook), self.outputs(self.codebook), None))
 
-    def following(self, token: Tensor, past: Any) -> tuple[Tensor, Any]:
-        """Logits (B, codes) of the token after `token` (B,), and the keys and values that now include it."""
-        out = self.gpt(inputs_embeds=self.gpt.transformer.wte(token[:, None]), past_key_values=past, use_cache=True)
-        return out.logits[:, -1], out.past_key_values
+    def following(self, token: Tensor, past: "Past") -> tuple[Tensor, "Past"]:
+        """Logits (B, codes) of the token after `token` (B,), and a past that now includes it."""
+        return self._next(F.embedding(token[:, None], past.inputs), past)
+
+    def _next(self, inputs: Tensor, past: "Past") -> tuple[Tensor, "Past"]:
+        out = self.gpt(inputs_embeds=inputs, past_key_values=past.keys_and_values, use_cache=True)
+        return F.linear(out.last_hidden_state[:, -1], past.outputs), replace(past, keys_and_values=out.past_key_values)
+
+
+@dataclass(frozen=True, eq=False)
+class Past:
+    """What is kept from token to token: all tokens' vectors (codes, width), and the keys and values so far."""
+
+    inputs: Tensor
+    outputs: Tensor
+    keys_and_values: Any
 
 
 def save(net: ConditionalTransformer, folder: Path, facts: dict[str, Any]) -> None:
@@ -181,7 +228,7 @@ class Modelling:
 
     Args:
         net: what is trained.
-        optimizer: see `optimizer`.
+        optimizers: see `optimizers`.
         ema: its average, which is evaluated and exported.
         embedding_weight: 0 leaves the term out, and then `reembed` is not called.
         max_norm: gradients are clipped to it.
@@ -191,11 +238,12 @@ class Modelling:
     """
 
     def __init__(
-        self, net: ConditionalTransformer, optimizer: Optimizer, ema: Ema, embedding_weight: float, reembed: Reembed,
-        max_norm: float, update: Update, seed: int, rank: int = 0, autocast: torch.dtype | None = None,
+        self, net: ConditionalTransformer, optimizers: Mapping[str, Optimizer], ema: Ema, embedding_weight: float,
+        reembed: Reembed, max_norm: float, update: Update, seed: int, rank: int = 0,
+        autocast: torch.dtype | None = None,
     ):  # fmt: skip
         self.net = net.train()
-        self.optimizer = optimizer
+        self._optimizers = dict(optimizers)
         self.ema = ema
         self.embedding_weight = embedding_weight
         self.reembed = reembed
@@ -208,11 +256,11 @@ class Modelling:
         return {"net": self.net, "ema": self.ema.shadow}
 
     def optimizers(self) -> dict[str, Optimizer]:
-        return {"net": self.optimizer}
+        return self._optimizers
 
     def step(self, step: int, batches: Sequence[TokenBatch]) -> dict[str, Tensor]:
         """One update over the micro-batches. Raises `NotFinite` (by `update`) before a bad one."""
-        self.optimizer.zero_grad()
+        self.net.zero_grad()
         figures: dict[str, Tensor] = {}
         for k, b in enumerate(batches):
             with (
@@ -230,17 +278,28 @@ class Modelling:
             for name, value in part.items():
                 figures[name] = figures.get(name, 0.0) + value.detach() / len(batches)
         figures["grad/net"] = self.update(list(self.net.parameters()), self.max_norm, figures)
-        self.optimizer.step()
+        for optimizer in self._optimizers.values():
+            optimizer.step()
         self.ema.update(self.net, step)
         return figures
 
 
-def optimizer(net: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW (0.9, 0.95) that decays matrices only; its groups know their full rate, as `dmd.run` expects."""
-    weights = [p for p in net.parameters() if p.ndim >= 2]
-    others = [p for p in net.parameters() if p.ndim < 2]
+def optimizers(net: ConditionalTransformer, lr: float, weight_decay: float, muon: bool) -> dict[str, Optimizer]:
+    """AdamW (0.9, 0.95) that decays matrices only; groups know their full rate, as `dmd.run` expects.
+
+    Args:
+        muon: leave the layers' matrices to Muon (Jordan et al. 2024), scaled such that AdamW's rate and decay serve
+            (Liu et al. 2025, arXiv 2502.16982, section 2.2).
+    """
+    layers = [p for p in net.gpt.h.parameters() if p.ndim == 2] if muon else []
+    own = {id(p) for p in layers}
+    rest = [p for p in net.parameters() if id(p) not in own]
     groups = [
-        {"params": weights, "weight_decay": weight_decay, "initial_lr": lr},
-        {"params": others, "weight_decay": 0.0, "initial_lr": lr},
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay, "initial_lr": lr},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0, "initial_lr": lr},
     ]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+    found: dict[str, Optimizer] = {"net": torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)}
+    if muon:
+        group = {"params": layers, "initial_lr": lr}
+        found["layers"] = torch.optim.Muon([group], lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+    return found

@@ -9,7 +9,7 @@ from dmd.run import Cadence, Run
 
 SIZES = ConvSizes(4, (16, 32), 1)
 CONFIG = TokenizerConfig(16, SIZES, codes=16, code_width=4, dead_below=0.5)
-SHAPE = TransformerConfig(codes=11, length=9, condition=6, layers=2, width=16, heads=2)
+SHAPE = TransformerConfig(codes=11, code_width=4, length=9, condition=6, layers=2, width=16, heads=2)
 
 
 def seeded(make, seed=0):
@@ -28,7 +28,9 @@ def tokenizer(config=CONFIG):
 
 
 def transformer(config=SHAPE):
-    return seeded(lambda: ConditionalTransformer(config)).eval()
+    """With codes that stand for nothing."""
+    codebook = torch.nn.functional.normalize(seeded(lambda: torch.randn(config.codes, config.code_width)), dim=-1)
+    return seeded(lambda: ConditionalTransformer(config, codebook)).eval()
 
 
 def run(folder, task, batches, steps, accelerator, checkpoint=0):

@@ -1,6 +1,7 @@
 """The image tokenizer: nearest codes, the losses' formulas, learning, and exact resumption with a discriminator."""
 
 import math
+from dataclasses import replace
 
 import little
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 
 from dmd import build
 from dmd.clipgen import tokenizer as tokenizers
-from dmd.clipgen.networks import ConvSizes, Decoder, Encoder, PatchDiscriminator
+from dmd.clipgen.networks import Block, ConvSizes, Decoder, Encoder, PatchDiscriminator, norm
 from dmd.clipgen.tokenizer import Adversary, Tokenizer, Tokenizing, adaptive_weight, hinge_discriminator_loss
 from dmd.errors import InputError
 from dmd.run import NotFinite, clip_and_check
@@ -113,6 +114,41 @@ def test_the_papers_sizes_make_16_by_16_tokens():
         assert encoder(torch.zeros(1, 3, 256, 256)).shape == (1, 512, 16, 16)
     count = [sum(p.numel() for p in part.parameters()) for part in (encoder, decoder)]
     assert count == [18_620_032, 28_653_955]
+
+
+@torch.no_grad()
+def test_with_square_blocks_a_token_is_of_its_square_alone(rng):
+    """Squares of 8 pixels: a square moved to another place of another image takes its token along."""
+    config = replace(little.CONFIG, sizes=ConvSizes(4, (16, 32), 1, 0, square_blocks=2), codes=64)
+    net = little.tokenizer(config)
+    for block in net.encoder.children():  # second convolutions start at zero
+        if isinstance(block, Block):
+            nn.init.normal_(block.conv2.weight, std=0.1)
+    images = torch.rand(6, 3, 16, 16, generator=rng) * 2 - 1
+    tokens = net.encode(images).view(6, 2, 2)
+    assert tokens.unique().numel() > 6
+    other = torch.rand(6, 3, 16, 16, generator=rng) * 2 - 1
+    other[:, :, 8:, :8] = images[:, :, :8, 8:]
+    torch.testing.assert_close(net.encode(other).view(6, 2, 2)[:, 1, 0], tokens[:, 0, 1], rtol=0, atol=0)
+    around = little.tokenizer(replace(config, sizes=ConvSizes(4, (16, 32), 1, 0)))
+    a, b = around.encoder(images)[:, :, 0, 1], around.encoder(other)[:, :, 1, 0]
+    assert (a - b).abs().max() > 1e-3  # VQGAN's encoder sees what is beside
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("groups", [0, 1])
+def test_without_groups_each_place_is_normalised_by_itself(rng, groups):
+    """Beside a bright square elsewhere GroupNorm changes every place."""
+    x = torch.randn(2, 6, 4, 4, generator=rng)
+    layer = norm(6, groups)
+    other = x.clone()
+    other[:, :3, 3, 3] += 5.0
+    moved = (layer(x) - layer(other)).abs().amax(dim=(0, 1))
+    assert moved[3, 3] > 0.1 and bool((moved[:3] > 0.01).all()) == bool(groups)
+    if not groups:
+        assert moved[:3].max() == 0.0
+        naive = (x - x.mean(1, keepdim=True)) / (x.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+        torch.testing.assert_close(layer(x), naive, rtol=1e-5, atol=1e-6)
 
 
 def test_it_learns_one_batch_and_uses_its_codes(images):

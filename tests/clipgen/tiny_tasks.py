@@ -8,7 +8,6 @@ import torch
 from accelerate import Accelerator
 
 from dmd.batches import Share
-from dmd.clipgen import transformer
 from dmd.clipgen.batches import ImageBatches, TokenBatches
 from dmd.clipgen.gap import Gap
 from dmd.clipgen.networks import PatchDiscriminator
@@ -46,9 +45,9 @@ def modelling(share):
     tokens = torch.randint(0, c.codes, (24, c.length), generator=draw)
     embeddings = torch.nn.functional.normalize(torch.randn(24, c.condition, generator=draw), dim=-1)
     codes = torch.randn(c.codes, c.condition, generator=draw)
-    net = little.seeded(lambda: transformer.ConditionalTransformer(c))
+    net = little.transformer(c)
     task = Modelling(
-        net, adam(net), Ema(net, 0.9), 0.5, lambda mixture: (mixture @ codes).mean(1), 1.0, clip_and_check, 5,
+        net, {"net": adam(net)}, Ema(net, 0.9), 0.5, lambda mixture: (mixture @ codes).mean(1), 1.0, clip_and_check, 5,
         share.rank,
     )  # fmt: skip
     gap = Gap(embeddings.mean(0), None, 0.3)
