@@ -60,7 +60,7 @@ class CodeVectors(nn.Module):
     So what is learnt about a token is learnt about those that look like it.
     """
 
-    HIDDEN = 256
+    HIDDEN = 64
     SCALE = 0.1  # of the network's part at the start, beside 0.02 of the own vectors, GPT-2's
 
     def __init__(self, config: TransformerConfig):
