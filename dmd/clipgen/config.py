@@ -293,7 +293,7 @@ PRESETS: dict[str, Config] = {
         ),
         clip=ClipOptions(clip_text="shapes-teacher"),
         transformer=TransformerOptions(
-            prefix=8, gap_noise=0.1, max_train_steps=4200, batch_size=16, learning_rate=6e-3, muon=True,
+            prefix=8, gap_noise=0.1, max_train_steps=4200, batch_size=16, learning_rate=6e-3, muon=True, weight_decay=0.3,
             lr_warmup_steps=200, lr_cooldown_steps=2500, ema=0.998,
         ),
     ),
