@@ -293,8 +293,8 @@ PRESETS: dict[str, Config] = {
         ),
         clip=ClipOptions(clip_text="shapes-teacher"),
         transformer=TransformerOptions(
-            prefix=8, gap_noise=0.1, max_train_steps=4200, batch_size=16, learning_rate=6e-3, muon=True, weight_decay=0.3,
-            lr_warmup_steps=200, lr_cooldown_steps=2500, ema=0.998,
+            prefix=8, gap_noise=0.1, max_train_steps=4200, batch_size=16, learning_rate=6e-3, muon=True,
+            weight_decay=0.3, lr_warmup_steps=200, lr_cooldown_steps=2500, ema=0.998,
         ),
     ),
     # real pictures of 64 x 64; captions come in at the evaluation only, so CLIP is one that others have trained
