@@ -46,8 +46,7 @@ class TokenizerOptions:
     blocks: int = 1
     """Blocks of each resolution in the encoder; the decoder has one more."""
     groups: int = 1
-    """Groups of all normalisations, VQGAN's. With 0 each place is normalised by itself, so that a token says what is at
-    its place and nothing else of the image: the same thing elsewhere has the same tokens."""
+    """Groups of all normalisations, which are of the whole image. With 0 each place is normalised by itself."""
     attention: bool = False
     """Attention at the coarsest resolution."""
     square_blocks: int = 0

@@ -39,16 +39,11 @@ class ConvSizes:
         return self.patch * 2 ** (len(self.widths) - 1)
 
 
-class PlaceNorm(nn.LayerNorm):
-    """LayerNorm over the channels of each place of a map (B, C, H, W) by itself."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
 def norm(width: int, groups: int) -> nn.Module:
-    """GroupNorm of so many groups; PlaceNorm for none."""
-    return nn.GroupNorm(groups, width) if groups else PlaceNorm(width)
+    """GroupNorm of so many groups; for none, LayerNorm over the channels of each place by itself."""
+    from timm.layers import LayerNorm2d  # here, since timm takes a second to import
+
+    return nn.GroupNorm(groups, width) if groups else LayerNorm2d(width, eps=1e-5)
 
 
 class Block(nn.Module):
@@ -113,16 +108,16 @@ class Encoder(nn.Sequential):
 
 
 class SquareEncoder(nn.Sequential):
-    """The same, but each feature is of its own square of pixels and of nothing beside it: the same square has the same
-    features wherever it is."""
+    """Images (B, 3, H, W) in [-1, 1] to features (B, widths[-1], H / reduction, W / reduction) as `Encoder`'s, but each
+    is of its own square of pixels and of nothing beside it: the same square has the same features wherever it is."""
 
-    WIDTH = 256
+    WIDTH = 256  # of its blocks, whose convolutions are 1 x 1
 
     def __init__(self, sizes: ConvSizes):
         first = nn.Conv2d(3 * sizes.reduction**2, self.WIDTH, 1)
         blocks = [Block(self.WIDTH, 0, kernel=1) for _ in range(sizes.square_blocks)]
         last = nn.Conv2d(self.WIDTH, sizes.widths[-1], 1)
-        super().__init__(nn.PixelUnshuffle(sizes.reduction), first, *blocks, PlaceNorm(self.WIDTH), nn.SiLU(), last)
+        super().__init__(nn.PixelUnshuffle(sizes.reduction), first, *blocks, norm(self.WIDTH, 0), nn.SiLU(), last)
 
 
 def encoder(sizes: ConvSizes) -> nn.Sequential:

@@ -150,11 +150,16 @@ def test_the_embedding_loss_looks_at_the_likeliest_tokens(rng):
     torch.testing.assert_close(got, expected_gradient, rtol=1e-4, atol=1e-7)
 
 
-def test_the_embedding_loss_is_learnt_where_asked_for(batch, rng):
-    codes = torch.randn(11, 6, generator=rng)
-    trained = task(weight=10.0, reembed=lambda m: (m @ codes).sum(1), lr=3e-3)
-    losses = [trained.step(step, [batch])["loss/embedding"].item() for step in range(60)]
-    assert losses[0] > 0.5 and losses[-1] < 0.5 * losses[0]
+def test_the_embedding_loss_is_learnt_where_asked_for():
+    """On two draws, since what so small a network begins with is luck."""
+    for seed in (1, 2):
+        rng = torch.Generator().manual_seed(seed)
+        tokens, e = torch.randint(0, 11, (5, 9), generator=rng), F.normalize(torch.randn(5, 6, generator=rng), dim=-1)
+        batch = TokenBatch(tokens, e, e, torch.tensor([False, False, True, False, False]))
+        codes = torch.randn(11, 6, generator=rng)
+        trained = task(weight=10.0, reembed=lambda m, codes=codes: -(m @ codes).sum(1), lr=3e-3)
+        losses = [trained.step(step, [batch])["loss/embedding"].item() for step in range(60)]
+        assert losses[0] > 0.9 and losses[-1] < 0.4 * losses[0]  # cosines from about 0 to more than 0.6
 
 
 @pytest.mark.parametrize("muon", [False, True])
