@@ -21,7 +21,7 @@ from accelerate.utils import InitProcessGroupKwargs, gather_object, parse_flag_f
 from torch import Tensor
 
 import dmd
-from dmd import checkpoint, evaluation, log, pairs, ranking, seeding, sharding, shipped, teachers
+from dmd import allocator, checkpoint, evaluation, log, pairs, ranking, seeding, sharding, shipped, teachers
 from dmd.batches import DistillBatches, Share, TeachBatches
 from dmd.codec import Codec
 from dmd.config import Config, RunOptions, check, real_guidance
@@ -107,6 +107,8 @@ def start(run: RunOptions) -> Workplace:
     accelerator = Accelerator(cpu=run.cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
     torch.backends.cuda.matmul.allow_tf32 = run.allow_tf32
     torch.backends.cudnn.allow_tf32 = run.allow_tf32
+    if accelerator.device.type == "cpu":
+        allocator.keep_freed()
     return Workplace(accelerator, torch.bfloat16 if run.mixed_precision == "bf16" else None)
 
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     # know no diffusion
     {"__init__", "shipped", "errors", "config", "settings", "seeding", "ema", "checkpoint", "log", "locks", "sharding"},
-    {"noise", "denoiser", "mixture", "run", "chance", "processes"},
+    {"noise", "denoiser", "mixture", "run", "chance", "processes", "allocator"},
     {"solvers", "losses", "pairs", "codec", "shards"},
     {"distill", "generate", "batches", "teach", "pipeline", "online"},
     {"teachers", "metrics", "data", "captions", "report", "plots", "scoreboard"},  # the rim: each may be replaced
