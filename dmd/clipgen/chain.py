@@ -200,6 +200,7 @@ class Chain:
         else:
             place.first(lambda: start.tokenizer.save_pretrained(folder / clips.WORDS))
             net = self._fresh(lambda: clips.beginning_with(start, self.config.data.size, sizes, o.clip_width))
+            net.text.text_model.requires_grad_(not o.clip_lock_text)
         small = SmallClip(net, stable_diffusion.tokenizer(folder / clips.WORDS))
         tokens = torch.cat([small.tokens(data.captions[i : i + 500]).cpu() for i in range(0, len(data), 500)])
         numbers = {text: i for i, text in enumerate(dict.fromkeys(data.captions))}
@@ -207,7 +208,7 @@ class Chain:
         seed, share = self.config.run.seed, place.share()
         batches = CaptionBatches(seed, data.images, tokens, caption, 2 if drawn else 1, o.clip_batch_size, share)
         ema = Ema(net, 0.99)
-        task = Contrasting(net, build.adam(net, o.clip_lr, BETAS, 0.05), ema, 1.0, clip_and_check)
+        task = Contrasting(net, build.adam(net, o.clip_lr, BETAS, o.clip_weight_decay), ema, 1.0, clip_and_check)
         cadence = _short(o.clip_steps)
         self._train(folder, task, batches, cadence, "clip")
         taught: Any = ema.shadow

@@ -150,7 +150,7 @@ def text_start(source: str) -> TextEncoder:
 def beginning_with(start: TextEncoder, size: int, sizes: ConvSizes, width: int) -> SmallClipNet:
     """A fresh network but for its text encoder, which is `start`'s: what words mean need not be learnt again.
 
-    As locked-image tuning (Zhai et al. 2022, arXiv 2111.07991) the other way about, and nothing is locked.
+    As in locked-image tuning (Zhai et al. 2022, arXiv 2111.07991) the other way about; the caller locks it or does not.
     """
     c = start.network.config
     text = (c.hidden_size, c.num_hidden_layers, c.max_position_embeddings, c.vocab_size)

@@ -94,6 +94,9 @@ class ClipOptions:
     """Begin with the text encoder and tokenizer of this pipeline: a folder in Stable Diffusion's layout, or
     "shapes-teacher", which ships and knows already what captions of shapes say. The four sizes below are then its own.
     Left out, texts are learnt from nothing."""
+    clip_lock_text: bool = False
+    """Leave that text encoder as it is and learn its projection and the image encoder alone (locked-image tuning, Zhai
+    et al. 2022, the other way about). What it knows of combinations that no image shows then stays."""
     clip_text_width: int = 128
     clip_text_layers: int = 2
     clip_tokens: int = 24
@@ -105,6 +108,7 @@ class ClipOptions:
     clip_steps: int = 550
     clip_batch_size: int = 128
     clip_lr: float = 2e-3
+    clip_weight_decay: float = 0.05
 
 
 @dataclass(frozen=True)
@@ -235,6 +239,7 @@ def check(config: Config) -> None:
         "--dead-below": t.dead_below, "--perceptual-weight": t.perceptual_weight,
         "--adversarial": t.adversarial, "--adversarial-from": t.adversarial_from,
         "--embedding-weight": m.embedding_weight, "--weight-decay": m.weight_decay,
+        "--clip-weight-decay": c.clip_weight_decay,
         "--lr-warmup-steps": m.lr_warmup_steps, "--lr-cooldown-steps": m.lr_cooldown_steps, "--top-k": s.top_k,
         "--blur": min(e.blur, default=0), "--checkpointing-steps": r.checkpointing_steps,
     }  # fmt: skip
@@ -264,6 +269,8 @@ def check(config: Config) -> None:
     for flag, width, heads in (("--width", m.width, m.heads), ("--clip-text-width", c.clip_text_width, 4)):
         if width % heads:
             raise InputError(f"{flag} is {width}: it must be a multiple of the {heads} attention heads")
+    if c.clip_lock_text and c.clip_text is None:
+        raise InputError("--clip-lock-text is for the text encoder of --clip-text: give that too")
     if d.data == "shapes" and d.size != 64:
         raise InputError(f"--size is {d.size}: drawings of shapes have 64 pixels")
 
@@ -290,7 +297,7 @@ PRESETS: dict[str, Config] = {
         tokenizer=TokenizerOptions(
             groups=0, square_blocks=3, codes=2048, dead_below=0.02, tokenizer_steps=2600, tokenizer_batch_size=16
         ),
-        clip=ClipOptions(clip_text="shapes-teacher"),
+        clip=ClipOptions(clip_text="shapes-teacher", clip_lock_text=True, clip_weight_decay=0.3),
         transformer=TransformerOptions(
             prefix=8, gap_noise=0.1, max_train_steps=4200, batch_size=16, learning_rate=6e-3, muon=True,
             weight_decay=0.3, lr_warmup_steps=200, lr_cooldown_steps=2500, ema=0.998,

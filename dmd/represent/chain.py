@@ -306,10 +306,12 @@ class Chain:
 
     def _synclr(self) -> Synclr:
         m, t, width = self.config.learn, self.config.teacher, self.backbone.features
+        between, last = heads.layer_gelu, heads.standardise
+        if t.batch_norm:
+            between, last = heads.batch_relu, heads.batch_standardise
 
         def projection(inputs: int, layers: int) -> nn.Module:
-            last = heads.standardise(m.head_width)
-            return heads.mlp(inputs, m.head_hidden, m.head_width, layers, heads.layer_gelu, last)
+            return heads.mlp(inputs, m.head_hidden, m.head_width, layers, between, last(m.head_width))
 
         ibot = self._fresh(lambda: heads.ibot_head(width, t.ibot_hidden, t.ibot_bottleneck, t.prototypes))
         student = Student(self.backbone, self._fresh(lambda: projection(width, 3)), ibot).to(self.place.device)

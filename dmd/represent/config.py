@@ -154,6 +154,9 @@ class TeacherOptions:
     sinkhorn_iterations: int = 3
     hide_own: bool = True
     """Small crops are not contrasted with the teacher's feature of their own image."""
+    batch_norm: bool = False
+    """Heads with batch normalisation and ReLU, as the published code can have them, for layer normalisation and GELU.
+    A network that knows nothing gives all images nearly one feature; this tells them apart from the first update."""
 
 
 @dataclass(frozen=True)
@@ -350,13 +353,21 @@ def _shapes(method: str) -> Config:
     config = Config(method=method, preset="shapes")
     if method != "synclr":
         return config
+    # a few hundred updates: a teacher that follows at once, and heads that tell features apart from the start
     return replace(
         config,
         backbone=replace(config.backbone, backbone="vit_mini", patch_size=8),
         data=replace(config.data, captions_per_batch=32),
         augment=replace(config.augment, local_crops=2),
-        learn=replace(config.learn, temperature=0.08, weight_decay=0.04, weight_decay_end=0.2, adam_beta2=0.999),
-        teacher=replace(config.teacher, teacher_temperature_steps=100),
+        learn=replace(
+            config.learn,
+            temperature=0.08,
+            weight_decay=0.04,
+            weight_decay_end=0.2,
+            adam_beta2=0.999,
+            learning_rate=2e-3,
+        ),
+        teacher=replace(config.teacher, momentum=0.9, batch_norm=True, teacher_temperature_steps=50),
     )
 
 

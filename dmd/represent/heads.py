@@ -20,7 +20,7 @@ def batch_relu(width: int) -> nn.Module:
 
 
 def layer_gelu(width: int) -> nn.Module:
-    """SynCLR's."""
+    """SynCLR's; its code can have `batch_relu`, too."""
     return nn.Sequential(nn.LayerNorm(width), nn.GELU())
 
 
@@ -42,6 +42,11 @@ def mlp(features: int, hidden: int, out: int, layers: int, between: Layer, last:
 def standardise(width: int) -> nn.Module:
     """Each sample's mean removed and divided by its deviation, without weights."""
     return nn.LayerNorm(width, elementwise_affine=False)
+
+
+def batch_standardise(width: int) -> nn.Module:
+    """Each number's mean over the batch removed and divided by its deviation, without weights: MoCo v3's."""
+    return nn.BatchNorm1d(width, affine=False)
 
 
 class Prototypes(nn.Module):
@@ -123,7 +128,7 @@ def synchronised(net: Any, device: torch.device) -> Any:
         return convert_sync_batchnorm(net)
     for name, child in list(net.named_children()):
         if type(child) in (nn.BatchNorm1d, nn.BatchNorm2d):
-            shared = SharedBatchNorm(child.num_features, child.eps, child.momentum)
+            shared = SharedBatchNorm(child.num_features, child.eps, child.momentum, child.affine)
             shared.load_state_dict(child.state_dict())
             setattr(net, name, shared.to(device))
         elif isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(child, SharedBatchNorm):

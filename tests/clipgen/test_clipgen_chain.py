@@ -266,6 +266,30 @@ def test_a_synthetic_data_set_supplies_images_and_captions(tmp_path, capsys):
     assert taught.width == 8 and taught.text_mean.norm() > 0.1
 
 
+@pytest.mark.parametrize("locked", [True, False])
+def test_a_locked_text_encoder_stays_as_it_was(tmp_path, capsys, locked):
+    lock = ["--clip-lock-text"] if locked else ["--no-clip-lock-text"]
+    small = [
+        "--clip-images",
+        "32",
+        "--clip-steps",
+        "2",
+        "--clip-batch-size",
+        "8",
+        "--clip-widths",
+        "4",
+        "4",
+        "4",
+        *lock,
+    ]
+    cli.main(["teach-clip", "--cpu", "--cache-dir", str(tmp_path / "cache"), *small])
+    taught = clips.load(capsys.readouterr().out.splitlines()[-1].removeprefix("clip: "), torch.device("cpu"))
+    start = clips.text_start("shapes-teacher").network
+    found, at_first = taught.net.text.text_model.state_dict(), start.state_dict()
+    same = [torch.equal(found[k], at_first.get(k, at_first.get(f"text_model.{k}"))) for k in found]
+    assert all(same) if locked else not any(same)
+
+
 @pytest.mark.skipif(not TRUNK.is_file(), reason="needs LPIPS' AlexNet in $DMD_TEST_DATA/lpips")
 @pytest.mark.parametrize("kind", ["transformers", "open_clip"])
 def test_real_pictures_with_a_clip_of_others(tmp_path, pictures, capsys, kind):
@@ -370,6 +394,7 @@ def test_of_several_candidates_the_nearest_is_kept(run):
         (["train", "--images", "4", "--features", "inception"], "FID needs inception-2015-12-05.pt"),
         (["train", "--images", "4", "--features", "timm:nothing"], "timm has no network 'nothing'"),
         (["train", "--features-weights", "x"], "--features-weights and --features-download are for --features"),
+        (["train", "--clip-text", "None"], "--clip-lock-text is for the text encoder of --clip-text"),
         (["train", "--top-p", "0"], "--top-p is 0.0: it must be above 0"),
         (["sample", "--seeds", "x", "a red circle"], "--seeds is 'x'"),
         (["sample", "a red circle", "--model", "nowhere"], "nowhere is not a model of dmd clipgen"),

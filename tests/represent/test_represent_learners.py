@@ -118,6 +118,16 @@ def test_synclr_is_the_sum_of_its_terms():
     assert float(figures["loss/ibot"]) == pytest.approx(float(sum(images) / len(images)), rel=1e-4)
 
 
+def test_a_head_by_batch_gives_keys_with_the_batchs_own_statistics():
+    """As MoCo v3's teacher: of keys that a batch normalisation without weights made, mean 0 and deviation 1."""
+    task = little.synclr(batch_norm=True)
+    batch = little.crop_batches()(0).to(CPU)
+    keys, _ = task._targets(0, batch)
+    torch.testing.assert_close(keys.mean(0), torch.zeros(8), rtol=0, atol=1e-5)
+    torch.testing.assert_close(keys.std(0, unbiased=False), torch.ones(8), rtol=1e-2, atol=0)
+    assert not task.teacher.backbone.training
+
+
 def test_a_masked_patch_is_not_seen():
     net = little.backbone("vit_mini")
     batch = little.crop_batches()(0).to(CPU)
@@ -149,11 +159,12 @@ def test_chunks_give_the_gradient_of_the_whole(kind):
         torch.testing.assert_close(found[1][1][name], g, rtol=1e-9, atol=1e-12)
 
 
-def test_chunks_of_synclr_give_the_gradient_of_the_whole():
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_chunks_of_synclr_give_the_gradient_of_the_whole(batch_norm):
     batch = little.double(little.crop_batches()(0).to(CPU))
     found = []
     for chunk in (0, 3):
-        task = doubled(little.synclr(chunk=chunk))
+        task = doubled(little.synclr(chunk=chunk, batch_norm=batch_norm))
         task.gradient(0, batch)
         found.append({k: g for k, g in gradients(task).items() if g is not None})
     assert found[0].keys() == found[1].keys()

@@ -90,7 +90,7 @@ def test_synclrs_published_settings():
     assert to_json(config)["teacher"] == {
         "momentum": 0.994, "ibot_weight": 1.0, "prototypes": 65_536, "ibot_hidden": 2048, "ibot_bottleneck": 256,
         "mask_images": 0.5, "mask_patches": 0.5, "teacher_temperature": 0.07, "teacher_temperature_first": 0.04,
-        "teacher_temperature_steps": 4000, "sinkhorn_iterations": 3, "hide_own": True,
+        "teacher_temperature_steps": 4000, "sinkhorn_iterations": 3, "hide_own": True, "batch_norm": False,
     }  # fmt: skip
 
 

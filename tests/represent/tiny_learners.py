@@ -20,7 +20,7 @@ from dmd.run import average_gradients, clip_and_check
 
 CPU = torch.device("cpu")
 STRONG = AugmentOptions((0.3, 1.0), (0.4, 0.4, 0.4, 0.1), 0.8, 0.2, 0.5, True, 0.3, 2, 8, (0.1, 0.4))
-KINDS = ("views", "views-and-text", "classes", "synclr")
+KINDS = ("views", "views-and-text", "classes", "synclr", "synclr-batch")
 
 
 class Words:
@@ -84,11 +84,14 @@ def learner(kind="views", net=None, pace=6, **more):
     return Learner(net, terms, dict.fromkeys(terms, 1.0), made, practice(pace, **more))
 
 
-def synclr(net=None, pace=6, ibot=1.0, **more):
+def synclr(net=None, pace=6, ibot=1.0, batch_norm=False, **more):
     net = backbone("vit_mini") if net is None else net
+    between, last = (heads.layer_gelu, heads.standardise)
+    if batch_norm:
+        between, last = (heads.batch_relu, heads.batch_standardise)
 
     def projection(inputs, layers):
-        return heads.mlp(inputs, 16, 8, layers, heads.layer_gelu, heads.standardise(8))
+        return heads.mlp(inputs, 16, 8, layers, between, last(8))
 
     student = Student(
         net, seeded(lambda: projection(net.features, 3)), seeded(lambda: heads.ibot_head(net.features, 16, 8, 12))
@@ -106,8 +109,9 @@ def double(batch):
 
 def gradient(kind, share, **more):
     """Figures and gradients of a first step in float64, averaged over processes."""
-    task = synclr(**more) if kind == "synclr" else learner(kind, **more)
-    batches = crop_batches(share) if kind == "synclr" else view_batches(share, kind == "views-and-text")
+    crops = kind.startswith("synclr")
+    task = synclr(batch_norm=kind == "synclr-batch", **more) if crops else learner(kind, **more)
+    batches = crop_batches(share) if crops else view_batches(share, kind == "views-and-text")
     for net in task.modules().values():
         net.double()
     figures = task.gradient(0, double(batches(0).to(CPU)))
