@@ -295,7 +295,7 @@ PRESETS: dict[str, Config] = {
     # of their square alone, since four fifths of a drawing are empty ground, which then needs no learning
     "shapes": Config(
         tokenizer=TokenizerOptions(
-            groups=0, square_blocks=3, codes=2048, dead_below=0.02, tokenizer_steps=2600, tokenizer_batch_size=16
+            groups=0, square_blocks=3, codes=2048, dead_below=0.02, tokenizer_steps=3200, tokenizer_batch_size=16
         ),
         clip=ClipOptions(clip_text="shapes-teacher", clip_lock_text=True, clip_weight_decay=0.3),
         transformer=TransformerOptions(
