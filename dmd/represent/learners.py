@@ -305,7 +305,6 @@ class Synclr:
     ):  # fmt: skip
         self.student, self.predictor = student.train(), predictor.train()
         self.teacher = copy.deepcopy(student).float().eval().requires_grad_(False)
-        self.teacher.projection.train()  # where it normalises by batch, then by its own, as MoCo v3's
         self.optimizer = optimizer
         self.slow = slow
         self.practice = practice
