@@ -12,7 +12,8 @@ def keep_freed() -> None:
     """Let this process keep up to 1 GiB of freed memory, and take blocks of up to 32 MiB from it.
 
     glibc hands large blocks back to the kernel as soon as they are free, so every iteration on a CPU would be given its
-    activations anew, as pages that are zeroed one by one: 3 to 17 % of a step's time. Other C libraries are left alone.
+    activations anew, as pages that are zeroed one by one: 3 to 7 % of a step of many activations. Other C libraries
+    are left alone.
     """
     if platform.libc_ver()[0] != "glibc":
         return

@@ -270,7 +270,7 @@ def check(config: Config) -> None:
         if width % heads:
             raise InputError(f"{flag} is {width}: it must be a multiple of the {heads} attention heads")
     if c.clip_lock_text and c.clip_text is None:
-        raise InputError("--clip-lock-text is for the text encoder of --clip-text: give that too")
+        raise InputError("--clip-lock-text locks the text encoder of --clip-text: give both, or --no-clip-lock-text")
     if d.data == "shapes" and d.size != 64:
         raise InputError(f"--size is {d.size}: drawings of shapes have 64 pixels")
 

@@ -362,11 +362,11 @@ def _shapes(method: str) -> Config:
         learn=replace(
             config.learn,
             temperature=0.08,
+            learning_rate=2e-3,
             weight_decay=0.04,
             weight_decay_end=0.2,
             adam_beta2=0.999,
-            learning_rate=2e-3,
-        ),
+        ),  # fmt: skip
         teacher=replace(config.teacher, momentum=0.9, batch_norm=True, teacher_temperature_steps=50),
     )
 

@@ -268,20 +268,8 @@ def test_a_synthetic_data_set_supplies_images_and_captions(tmp_path, capsys):
 
 @pytest.mark.parametrize("locked", [True, False])
 def test_a_locked_text_encoder_stays_as_it_was(tmp_path, capsys, locked):
-    lock = ["--clip-lock-text"] if locked else ["--no-clip-lock-text"]
-    small = [
-        "--clip-images",
-        "32",
-        "--clip-steps",
-        "2",
-        "--clip-batch-size",
-        "8",
-        "--clip-widths",
-        "4",
-        "4",
-        "4",
-        *lock,
-    ]
+    small = ["--clip-images", "32", "--clip-steps", "2", "--clip-batch-size", "8", "--clip-widths", "4", "4", "4"]
+    small += ["--clip-lock-text" if locked else "--no-clip-lock-text"]
     cli.main(["teach-clip", "--cpu", "--cache-dir", str(tmp_path / "cache"), *small])
     taught = clips.load(capsys.readouterr().out.splitlines()[-1].removeprefix("clip: "), torch.device("cpu"))
     start = clips.text_start("shapes-teacher").network
@@ -394,7 +382,7 @@ def test_of_several_candidates_the_nearest_is_kept(run):
         (["train", "--images", "4", "--features", "inception"], "FID needs inception-2015-12-05.pt"),
         (["train", "--images", "4", "--features", "timm:nothing"], "timm has no network 'nothing'"),
         (["train", "--features-weights", "x"], "--features-weights and --features-download are for --features"),
-        (["train", "--clip-text", "None"], "--clip-lock-text is for the text encoder of --clip-text"),
+        (["train", "--clip-text", "None"], "--clip-lock-text locks the text encoder of --clip-text: give both"),
         (["train", "--top-p", "0"], "--top-p is 0.0: it must be above 0"),
         (["sample", "--seeds", "x", "a red circle"], "--seeds is 'x'"),
         (["sample", "a red circle", "--model", "nowhere"], "nowhere is not a model of dmd clipgen"),
