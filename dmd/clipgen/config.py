@@ -295,12 +295,12 @@ PRESETS: dict[str, Config] = {
     # of their square alone, since four fifths of a drawing are empty ground, which then needs no learning
     "shapes": Config(
         tokenizer=TokenizerOptions(
-            groups=0, square_blocks=3, codes=2048, dead_below=0.02, tokenizer_steps=3200, tokenizer_batch_size=16
+            groups=0, square_blocks=3, codes=2048, dead_below=0.02, tokenizer_steps=2600, tokenizer_batch_size=16
         ),
         clip=ClipOptions(clip_text="shapes-teacher", clip_lock_text=True, clip_weight_decay=0.3),
         transformer=TransformerOptions(
-            prefix=8, gap_noise=0.1, max_train_steps=4200, batch_size=16, learning_rate=6e-3, muon=True,
-            weight_decay=0.3, lr_warmup_steps=200, lr_cooldown_steps=2500, ema=0.998,
+            prefix=8, gap_noise=0.1, max_train_steps=4000, batch_size=16, learning_rate=6e-3, muon=True,
+            weight_decay=0.3, lr_warmup_steps=200, lr_cooldown_steps=2400, ema=0.998,
         ),
     ),
     # real pictures of 64 x 64; captions come in at the evaluation only, so CLIP is one that others have trained
