@@ -21,6 +21,7 @@ from benchmarks import common
 from benchmarks.common import finish, middle, say_machine, seconds
 from dmd import build, seeding
 from dmd.batches import Share
+from dmd.clipgen import clip as clips
 from dmd.clipgen import sampling, transformer
 from dmd.clipgen.batches import ImageBatches, TokenBatches
 from dmd.clipgen.chain import tokenizer_config
@@ -146,6 +147,18 @@ def counted(net: nn.Module, call: Callable[[Any], Tensor]) -> float:
     return float(counter.get_total_flops())
 
 
+def small_clip(config: Config) -> SmallClipNet:
+    """The small CLIP of a preset; one that learns words from nothing has 600 of them."""
+    o, size = config.clip, config.data.size
+    sizes = ConvSizes(o.clip_patch, o.clip_widths, o.clip_blocks)
+    if o.clip_text is None:
+        text = (o.clip_text_width, o.clip_text_layers, o.clip_tokens, 600)
+        return SmallClipNet(SmallClipConfig(size, sizes, *text, o.clip_width))
+    net = clips.beginning_with(clips.text_start(o.clip_text), size, sizes, o.clip_width)
+    net.text.text_model.requires_grad_(not o.clip_lock_text)
+    return net
+
+
 def operations(config: Config) -> dict[str, dict[str, float]]:
     """Of one image and of all images of each stage's training."""
     found, o, size = tokenizer_config(config), config.clip, config.data.size
@@ -165,11 +178,9 @@ def operations(config: Config) -> dict[str, dict[str, float]]:
         ),
     }
     if o.clip is None:
-        clip_sizes = ConvSizes(o.clip_patch, o.clip_widths, o.clip_blocks)
-        text_sizes = (o.clip_text_width, o.clip_text_layers, o.clip_tokens)
-        small = SmallClipConfig(size, clip_sizes, *text_sizes, vocabulary=600, width=o.clip_width)
-        text = torch.full((1, o.clip_tokens), 599)
-        flops = counted(SmallClipNet(small), lambda net: net.of_images(image).sum() + net.of_tokens(text).sum())
+        small = small_clip(config)
+        text = torch.full((1, small.config.tokens), small.config.vocabulary - 1)
+        flops = counted(small, lambda net: net.of_images(image).sum() + net.of_tokens(text).sum())
         rows["clip"] = (flops, o.clip_steps * o.clip_batch_size)
     return {name: {"gflop_per_image": f / 1e9, "images": n, "tflop": f * n / 1e12} for name, (f, n) in rows.items()}
 
