@@ -115,7 +115,7 @@ def headline(summary: Mapping[str, Any]) -> str:
     for name, text in (
         ("text_of_image", "{:.0%} of what image embeddings reach"),
         ("held_out_of_seen", "held-out combinations reach {:.0%} of seen ones"),
-        ("gap", "the modality gap costs {:.2f} points of CLIP score"),
+        ("gap", "from images the CLIP score is {:+.2f} points beside that from text"),
         ("codebook_use", "{:.0%} of the codes are in use"),
     ):
         value = number(summary.get(name))
