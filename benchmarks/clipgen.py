@@ -154,9 +154,7 @@ def small_clip(config: Config) -> SmallClipNet:
     if o.clip_text is None:
         text = (o.clip_text_width, o.clip_text_layers, o.clip_tokens, 600)
         return SmallClipNet(SmallClipConfig(size, sizes, *text, o.clip_width))
-    net = clips.beginning_with(clips.text_start(o.clip_text), size, sizes, o.clip_width)
-    net.text.text_model.requires_grad_(not o.clip_lock_text)
-    return net
+    return clips.beginning_with(clips.text_start(o.clip_text), size, sizes, o.clip_width, o.clip_lock_text)
 
 
 def operations(config: Config) -> dict[str, dict[str, float]]:

@@ -199,8 +199,8 @@ class Chain:
             net = self._fresh(lambda: SmallClipNet(SmallClipConfig(self.config.data.size, sizes, *text, o.clip_width)))
         else:
             place.first(lambda: start.tokenizer.save_pretrained(folder / clips.WORDS))
-            net = self._fresh(lambda: clips.beginning_with(start, self.config.data.size, sizes, o.clip_width))
-            net.text.text_model.requires_grad_(not o.clip_lock_text)
+            size, locked = self.config.data.size, o.clip_lock_text
+            net = self._fresh(lambda: clips.beginning_with(start, size, sizes, o.clip_width, locked))
         small = SmallClip(net, stable_diffusion.tokenizer(folder / clips.WORDS))
         tokens = torch.cat([small.tokens(data.captions[i : i + 500]).cpu() for i in range(0, len(data), 500)])
         numbers = {text: i for i, text in enumerate(dict.fromkeys(data.captions))}

@@ -147,16 +147,18 @@ def text_start(source: str) -> TextEncoder:
     return found
 
 
-def beginning_with(start: TextEncoder, size: int, sizes: ConvSizes, width: int) -> SmallClipNet:
+def beginning_with(start: TextEncoder, size: int, sizes: ConvSizes, width: int, locked: bool = False) -> SmallClipNet:
     """A fresh network but for its text encoder, which is `start`'s: what words mean need not be learnt again.
 
-    As in locked-image tuning (Zhai et al. 2022, arXiv 2111.07991) the other way about; the caller locks it or does not.
+    With `locked` that encoder learns no further, only its projection and the image encoder do: locked-image tuning
+    (Zhai et al. 2022, arXiv 2111.07991) the other way about.
     """
     c = start.network.config
     text = (c.hidden_size, c.num_hidden_layers, c.max_position_embeddings, c.vocab_size)
     net = SmallClipNet(SmallClipConfig(size, sizes, *text, width))
     weights = start.network.state_dict()  # which has the prefix in transformers 4 only
     net.text.text_model.load_state_dict({name.removeprefix("text_model."): v for name, v in weights.items()})
+    net.text.text_model.requires_grad_(not locked)
     return net
 
 

@@ -360,15 +360,11 @@ def _shapes(method: str) -> Config:
         data=replace(config.data, captions_per_batch=32),
         augment=replace(config.augment, local_crops=2),
         learn=replace(
-            config.learn,
-            temperature=0.08,
-            learning_rate=2e-3,
-            weight_decay=0.04,
-            weight_decay_end=0.2,
+            config.learn, temperature=0.08, learning_rate=2e-3, weight_decay=0.04, weight_decay_end=0.2,
             adam_beta2=0.999,
-        ),  # fmt: skip
+        ),
         teacher=replace(config.teacher, momentum=0.9, batch_norm=True, teacher_temperature_steps=50),
-    )
+    )  # fmt: skip
 
 
 def _digits(method: str) -> Config:

@@ -361,19 +361,18 @@ class Synclr:
     @torch.no_grad()
     def _targets(self, step: int, batch: Crops) -> tuple[Tensor, Tensor]:
         """The teacher's keys (B, d), and its assignments (M, K) of the masked patches."""
-        features, logits = [], []
-        with self._autocast(batch.images.device):
-            for part in self.practice.parts(len(batch.images)):
-                whole, tokens = self.teacher.backbone.both(batch.images[part])
-                features.append(whole)
+        keys, logits = [], []
+        for part in self.practice.parts(len(batch.images)):
+            with self._autocast(batch.images.device):
+                features, tokens = self.teacher.backbone.both(batch.images[part])
+                keys.append(self.teacher.projection(features))
                 if self.slow.ibot_weight:
                     logits.append(self.teacher.ibot(tokens[batch.mask[part]]))
-            keys = self.teacher.projection(torch.cat(features))
         first, last, over = self.slow.sharpness
         if not logits:
-            return keys, keys[:0]
+            return torch.cat(keys), keys[0][:0]
         sharp = ramp(step, over, first, last)
-        return keys, assignments(torch.cat(logits), sharp, self.slow.iterations)
+        return torch.cat(keys), assignments(torch.cat(logits), sharp, self.slow.iterations)
 
     def _whole(self, step: int, batch: Crops) -> tuple[list[Tensor], Callable[[], None]]:
         """Features (B, D) of whole crops, and tokens (M, D) of their masked patches."""
