@@ -97,16 +97,15 @@ class DistillBatches:
             matched = torch.cat((index, self.batch_size + pair_index))
         noises = (Stream.START, Stream.MATCH_NOISE, Stream.CRITIC_NOISE)
         z, noise, critic_noise = self._normal(noises, step, matched)
-        single = (Stream.LABEL, Stream.MATCH_TIME, Stream.CRITIC_TIME)
-        label, t, critic_t = seeding.bits(self.seed, single, step, matched, 1)[..., 0]
+        label, t, critic_t, guidance_t, choice = self._single(step, matched, pair_index)
         t_guidance = None
         if self.guidance_t_range is not None:
             low, high = self.guidance_t_range
-            t_guidance = low + (high - low) * seeding.uniform(self.seed, Stream.GUIDANCE_TIME, step, matched)
+            t_guidance = low + (high - low) * seeding.as_uniform(guidance_t)
         z, number = z[: len(index)], seeding.as_integers(label[: len(index)], self.count)
         z_ref, y_ref, target = z[:0], z[:0], None
         if self.pairs is not None and len(pair_index):
-            chosen = seeding.integers(self.seed, Stream.PAIR_CHOICE, step, pair_index, len(self.pairs))
+            chosen = seeding.as_integers(choice, len(self.pairs))
             y_ref, number_ref = self.pairs[chosen]
             z_ref = self.pairs.noise(self._to(chosen))
             number = torch.cat((number, number_ref))
@@ -125,6 +124,13 @@ class DistillBatches:
             window=self._window(step),
             target=target,
         )
+
+    def _single(self, step: int, matched: Tensor, pair_index: Tensor) -> tuple[Tensor, ...]:
+        """One word of each stream that needs no more, the first four of the matched rows and the last of the pairs, in
+        one call: starting it is what it costs."""
+        streams = (Stream.LABEL, Stream.MATCH_TIME, Stream.CRITIC_TIME, Stream.GUIDANCE_TIME, Stream.PAIR_CHOICE)
+        words = seeding.bits(self.seed, streams, step, torch.cat((matched, pair_index)), 1)[..., 0]
+        return *words[:-1, : len(matched)], words[-1, len(matched) :]
 
     def _window(self, step: int) -> tuple[Any, ...]:
         """Where the crop is, the same for all micro-batches and processes, so that their number changes nothing."""
