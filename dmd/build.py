@@ -343,6 +343,32 @@ def load_teacher(config: Config, data: ImageSet | None, place: Workplace, source
     return found
 
 
+def load_student(config: Config, teacher: Pipeline, place: Workplace) -> Pipeline | None:
+    """The student to go on from, if there is one.
+
+    Args:
+        teacher: may be one without weights.
+
+    Raises:
+        InputError: its network, schedule or prediction is not the teacher's.
+    """
+    source = config.distill.student
+    if source is None:
+        return None
+    found = teachers.load(source, place.device)
+    if _kind(found.denoiser) != _kind(teacher.denoiser):
+        raise InputError(
+            f"--student {source} has another network, schedule or prediction than the teacher: give one "
+            "that was distilled from it"
+        )
+    return found
+
+
+def _kind(denoiser: NetworkDenoiser) -> tuple[object, ...]:
+    weights = {name: tensor.shape for name, tensor in denoiser.net.state_dict().items()}
+    return weights, denoiser.schedule, denoiser.prediction
+
+
 def _by(shape: Sequence[int]) -> str:
     return " x ".join(map(str, shape))
 
@@ -511,9 +537,13 @@ def regression(config: Config, metric: Distance, codec: Codec, place: Workplace)
 
 
 def distiller(config: Config, teacher: Pipeline, place: Workplace, distance: Distance) -> Distiller:
-    """Student and fake score begin as copies of the teacher, or as adapters on its weights, which three can share."""
+    """Student and fake score begin as copies of the teacher, or as adapters on its weights, which three can share; a
+    student also as another student."""
     d, m = config.distill, config.memory
     student, real, fake = _networks(config, teacher)
+    start = load_student(config, teacher, place)
+    if start is not None:
+        student.net.load_state_dict(start.denoiser.net.state_dict())
     ema = Ema(student.net, d.ema)
     if is_sharded(config, place):
         for net in (student.net, fake.net, ema.shadow):
@@ -534,6 +564,7 @@ def distiller(config: Config, teacher: Pipeline, place: Workplace, distance: Dis
         d.lambda_reg,
         d.max_grad_norm,
         clip_and_check,
+        d.critic_warmup_steps,
     )
 
 

@@ -84,9 +84,13 @@ class Chain:
             build.feature_net(config, self.data)
         self.source = build.teacher_source(config, self.data)
         if config.teacher.teacher is not None:
-            build.check_method(config, self._load_teacher(), place)
-        elif self.data is not None:
-            build.check_method(config, build.untaught(config, self.data), place)
+            teacher = self._load_teacher()
+        else:
+            assert self.data is not None  # by `check`
+            teacher = build.untaught(config, self.data)
+        build.check_method(config, teacher, place)
+        start = build.load_student(config, teacher, place)
+        self.inputs["student"] = None if start is None else start.digest()
 
     def require_same_inputs(self) -> None:
         """Raises InputError if the run directory was made with other files."""
@@ -238,8 +242,8 @@ class Chain:
 
     def _summary(self, progress: Progress, figures: dict[str, Any], judge: evaluation.Judge) -> dict[str, Any]:
         d = self.config.distill
-        updates = progress.step
-        critic = 0 if d.objective == "regression" else updates * d.critic_steps_per_generator_step
+        updates = progress.step - d.critic_warmup_steps
+        critic = 0 if d.objective == "regression" else progress.step * d.critic_steps_per_generator_step
         fresh = 0 if d.objective == "regression" else d.batch_size * d.critic_steps_per_generator_step
         per_step = fresh + (0 if d.objective == "matching" else d.pair_batch_size)
         teacher, student, count = figures["teacher"], figures["student"], self.config.evaluation.final_samples

@@ -96,6 +96,11 @@ class DistillOptions:
 
     objective: Literal["dmd", "matching", "regression"] = "dmd"
     """Both losses, or one alone (the paper's ablations)."""
+    student: str | None = None
+    """A student of this teacher to go on from: a folder, or one that ships. Left out, it begins as the teacher."""
+    critic_warmup_steps: int = 0
+    """Steps at the start that train the fake score alone: as the teacher's copy it does not know a --student's images
+    yet, and would push it the wrong way."""
     max_train_steps: int = 1500
     """Generator updates."""
     batch_size: int = 64
@@ -249,7 +254,7 @@ class Config:
 RESUMABLE = {
     "max_train_steps", "eval_every", "eval_samples", "final_samples", "checkpointing_steps", "checkpoints_total_limit",
     "log_every", "report_to", "cache_dir", "cpu", "output_dir", "download", "lpips_weights", "features", "data",
-    "teacher", "prompts", "test_prompts", "repeats", "compare_steps", "gradient_checkpointing",
+    "teacher", "student", "prompts", "test_prompts", "repeats", "compare_steps", "gradient_checkpointing",
     "gradient_checkpointing_fake", "checkpoint_decoder", "compile", "variant", "fsdp",
     "enable_xformers_memory_efficient_attention",
 }  # fmt: skip
@@ -285,6 +290,7 @@ def check(config: Config) -> None:
     not_negative = {
         "--teach-steps": config.teacher.teach_steps, "--lr-warmup-steps": d.lr_warmup_steps,
         "--lr-cooldown-steps": d.lr_cooldown_steps, "--weight-decay": d.weight_decay, "--lambda-reg": d.lambda_reg,
+        "--critic-warmup-steps": d.critic_warmup_steps,
         "--fake-lora-rank": config.memory.fake_lora_rank, "--student-lora-rank": config.memory.student_lora_rank,
         "--eval-every": e.eval_every, "--checkpointing-steps": r.checkpointing_steps,
     }  # fmt: skip
@@ -329,6 +335,18 @@ def check(config: Config) -> None:
         raise InputError(
             f"--student-lora-rank is {ranks[0]} and --fake-lora-rank {ranks[1]}: adapters are for Stable Diffusion, so "
             "give its folder or id as --teacher"
+        )
+    if d.student is not None and ranks[0]:
+        raise InputError(
+            f"--student {d.student} with --student-lora-rank {ranks[0]}: adapters begin as the teacher: leave one out"
+        )
+    if d.critic_warmup_steps and d.objective == "regression":
+        raise InputError(
+            f"--critic-warmup-steps is {d.critic_warmup_steps}, but --objective regression has no fake score: give 0"
+        )
+    if d.critic_warmup_steps >= d.max_train_steps:
+        raise InputError(
+            f"--critic-warmup-steps is {d.critic_warmup_steps} of {d.max_train_steps} steps: it must be less"
         )
     if config.pairs.store_images != "no" and (d.regression_on == "latents" or d.regression_crop is not None):
         raise InputError(

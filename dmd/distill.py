@@ -93,6 +93,7 @@ class Distiller:
         lambda_reg: weight of the regression loss.
         max_norm: gradients are clipped to this norm.
         update: clips and checks gradients.
+        critic_warmup: steps at the start that train the fake score alone, where the student is not the teacher's copy.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class Distiller:
         lambda_reg: float,
         max_norm: float,
         update: Update,
+        critic_warmup: int = 0,
     ):
         if not student.schedule == real.schedule == fake.schedule:
             raise ValueError(f"schedules differ: {student.schedule}, {real.schedule}, {fake.schedule}")
@@ -122,6 +124,7 @@ class Distiller:
         self.lambda_reg = lambda_reg
         self.max_norm = max_norm
         self.update = update
+        self.critic_warmup = critic_warmup
 
     def modules(self) -> dict[str, nn.Module]:
         return {"student": self.student.net, "fake": self.fake.net, "ema": self.ema.shadow}
@@ -134,12 +137,23 @@ class Distiller:
 
         The first critic update uses the generator's own samples, so it costs no further pass of the student. Both
         gradients are there before either network changes: a bad one stops the run with all weights as they were. A bad
-        gradient of a further critic update stops it before that update; the student has moved by then.
+        gradient of a further critic update stops it before that update; the student has moved by then. The first
+        `critic_warmup` steps leave out the generator update.
 
         Raises:
             NotFinite: (by `update`) a gradient or loss is NaN or infinite.
         """
-        samples, figures = self._student_gradients(iteration.batches)
+        if step < self.critic_warmup:
+            figures = self._fake_update([self._sample(_matched(b)) for b in iteration.batches if len(b.t)])
+        else:
+            figures = self._generator_update(step, iteration.batches)
+        for batches in iteration.critic:
+            self._fake_update([self._sample(b) for b in batches])
+        return figures
+
+    def _generator_update(self, step: int, batches: Sequence[Batch]) -> dict[str, Tensor]:
+        """The student's update, and the fake score's on its samples."""
+        samples, figures = self._student_gradients(batches)
         if samples:
             figures |= self._fake_gradients(samples)
         figures["grad/student"] = self.update(self._student_weights, self.max_norm, figures)
@@ -148,10 +162,13 @@ class Distiller:
             self.fake_optimizer.step()
         self.student_optimizer.step()
         self.ema.update(self.student.net, step)
-        for batches in iteration.critic:
-            fresh = self._fake_gradients([self._sample(b) for b in batches])
-            self.update(self._fake_weights, self.max_norm, fresh)
-            self.fake_optimizer.step()
+        return figures
+
+    def _fake_update(self, samples: Sequence[Samples]) -> dict[str, Tensor]:
+        """An update of the fake score alone."""
+        figures = self._fake_gradients(samples)
+        figures["grad/fake"] = self.update(self._fake_weights, self.max_norm, figures)
+        self.fake_optimizer.step()
         return figures
 
     def _student_gradients(self, batches: Sequence[Batch]) -> tuple[list[Samples], dict[str, Tensor]]:
@@ -234,3 +251,10 @@ class Distiller:
     @torch.no_grad()
     def _sample(self, batch: CriticBatch) -> Samples:
         return Samples(one_step(self.student, batch.z, batch.cond), batch.cond, batch.t, batch.noise)
+
+
+def _matched(batch: Batch) -> CriticBatch:
+    """What of a generator's batch trains the fake score."""
+    rows = len(batch.t)
+    cond = {k: v[:rows] for k, v in batch.cond.items()}
+    return CriticBatch(torch.cat((batch.z, batch.z_ref))[:rows], cond, batch.critic_t, batch.critic_noise)

@@ -320,6 +320,27 @@ def test_further_critic_updates_move_only_the_fake_score():
         torch.testing.assert_close(p.data, before.data - 0.1 * gradient, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("m", [6, 9], ids=["noises", "pairs_matched_too"])
+def test_a_warm_up_is_the_fake_score_s_part_of_a_step(m):
+    """The ordinary step trains it on the samples of the student as it was before the update."""
+    batch = draw(0, 6, 3, m)
+    warming, usual = build(critic_warmup=1), build()
+    before = weights(warming.student), weights(warming.ema.shadow), weights(warming.real)
+    figures = warming.step(0, Iteration([batch]))
+    expected = usual.step(0, Iteration([batch]))
+    for old, module in zip(before, (warming.student, warming.ema.shadow, warming.real), strict=True):
+        assert moved(old, module) == set()
+    for ours, theirs in zip(warming.fake.net.parameters(), usual.fake.net.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    for name in ("loss/fake", "grad/fake"):
+        torch.testing.assert_close(figures[name], expected[name], rtol=1e-12, atol=1e-12)
+    assert warming.student.net.calls == [m] and warming.fake.net.calls == [m]
+    assert warming.real.denoiser.net.calls == []
+
+    warming.step(1, Iteration([batch]))
+    assert moved(before[0], warming.student) and moved(before[1], warming.ema.shadow)
+
+
 def test_regression_alone_leaves_real_and_fake_scores_out():
     distiller = build()
     before = weights(distiller.fake)

@@ -158,6 +158,24 @@ def test_a_run_that_was_stopped_makes_the_same_student(world):
     assert equal(weights(world / "run"), weights(world / "again"))
 
 
+def test_a_run_goes_on_from_another_student(world):
+    """With steps too small to move it, what comes out is what went in."""
+    begun = ("--student", str(world / "run" / "student"), "--learning-rate", "1e-12")
+    train.main(flags(world, world / "from-student", *begun))
+    one, two = weights(world / "run"), weights(world / "from-student")
+    assert all((one[k] - two[k]).abs().max() < 1e-6 for k in one)
+    teacher = load_file(world / "teacher" / UNET)
+    assert max((one[k] - teacher[k].float()).abs().max() for k in one) > 1e-4
+
+
+def test_the_fake_score_learns_first_where_that_is_asked(world):
+    train.main(flags(world, world / "warm", "--critic-warmup-steps", "2", "--critic-steps-per-generator-step", "2"))
+    rows = [row for row in figures(world / "warm") if "loss/fake" in row]
+    assert ["loss/matching" in row for row in rows] == [False, False, True, True]
+    summary = json.loads((world / "warm" / "summary.json").read_text())
+    assert (summary["generator_updates"], summary["critic_updates"]) == (2, 2 + 2 * 2 + 2)
+
+
 def test_separate_guidance_times_change_the_gradient_only(world):
     train.main(flags(world, world / "apart", "--guidance-t-min", "0.6", "--guidance-t-max", "0.9"))
     a, b = figures(world / "run")[0], figures(world / "apart")[0]
@@ -542,6 +560,11 @@ def test_what_cannot_be_distilled_is_refused_before_anything_is_written(world, t
             r"--regression-decoder .*other decodes latents of 3 channels, but the network makes 8",
         ),
         (["--regression-crop", "9"], "--regression-crop is 9, but samples have 8 x 8"),
+        (["--student", "shapes-student"], "--student shapes-student has another network, schedule or prediction than"),
+        (["--student", "nowhere"], "nowhere"),
+        (["--student", "x", "--student-lora-rank", "2"], "adapters begin as the teacher: leave one out"),
+        (["--critic-warmup-steps", "4"], "--critic-warmup-steps is 4 of 4 steps: it must be less"),
+        (["--critic-warmup-steps", "1", "--objective", "regression"], "--objective regression has no fake score"),
         (["--test-prompts", "x.txt"], "--test-prompts is x.txt: it is for prompts of your own"),
         (["--prompts", "PROMPTS", "--test-prompts", "no.txt"], "--test-prompts: no.txt does not exist: give"),
     ],

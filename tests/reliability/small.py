@@ -44,6 +44,7 @@ class Job:
     steps: int = 7
     accumulation: int = 1
     critic_steps: int = 1
+    critic_warmup: int = 0
     bf16: bool = False
     checkpoint: int = 0
     evaluate: int = 3
@@ -81,7 +82,7 @@ def build(job: Job, share: Share) -> tuple[Distiller, DistillBatches]:
     student, fake = copy.deepcopy(teacher), copy.deepcopy(teacher)
     distiller = Distiller(
         student, Guided(teacher, 1.0, CONFIG.null()), fake, adam(student, job.eps), adam(fake, job.eps),
-        Ema(student.net, 0.9), squared_distance, 0.25, 1.0, clip_and_check,
+        Ema(student.net, 0.9), squared_distance, 0.25, 1.0, clip_and_check, job.critic_warmup,
     )  # fmt: skip
     batches = DistillBatches(
         3, CONFIG.shape, 3, pixel.labels, 12, pair_store(Path(job.directory).parent / "pairs"), 12,

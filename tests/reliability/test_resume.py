@@ -11,6 +11,7 @@ VARIANTS = {
     "accumulation": {"accumulation": 3},
     "within the accumulation": {"accumulation": 3, "micro_batch": 1},
     "critic": {"critic_steps": 3},
+    "critic first": {"critic_warmup": 3, "accumulation": 2},
     "bf16": {"bf16": True, "accumulation": 2, "critic_steps": 2},
 }
 
