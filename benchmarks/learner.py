@@ -72,8 +72,8 @@ def bare_synclr(task: Synclr, batch: Crops) -> Callable[[], None]:
             teacher.projection(features)
             teacher.ibot(tokens[batch.mask])
         features, tokens = student.backbone.both(batch.images, batch.mask, student.mask_token)
-        small = student.backbone(batch.local)
-        return [task.predictor(student.projection(x)) for x in (features, small)] + [student.ibot(tokens[batch.mask])]
+        seen = [features, student.backbone(batch.local)] if len(batch.local) else [features]
+        return [task.predictor(student.projection(x)) for x in seen] + [student.ibot(tokens[batch.mask])]
 
     return lambda: _pass(nets, outputs, task.practice.autocast, batch.images.device)
 
