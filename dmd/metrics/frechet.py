@@ -38,6 +38,10 @@ def moments(features: Tensor) -> Moments:
     return Moments(mean, (x - mean).T @ (x - mean) / (len(x) - 1), len(x))
 
 
+PRECISION = 1e-8
+"""Of a distance, relative, at least."""
+
+
 def frechet_distance(a: Moments, b: Moments) -> float:
     """|mean_a - mean_b|^2 + tr(Sa + Sb - 2 (Sa^1/2 Sb Sa^1/2)^1/2), at least 0.
 
@@ -51,9 +55,13 @@ def frechet_distance(a: Moments, b: Moments) -> float:
         raise ValueError(
             f"features have {len(a.mean)} and {len(b.mean)} dimensions: both sets must come from one network"
         )
-    cross = torch.linalg.svdvals(_factor(a.cov).T @ _factor(b.cov)).sum()
-    distance = (a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace() - 2 * cross
-    return max(0.0, distance.item())
+    left, right = _factor(a.cov), _factor(b.cov)
+    product, rest = left.T @ right, (a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace()
+    if _is_even(left) and _is_even(right):
+        cross, error = _by_gram(product)
+        if 2 * error <= PRECISION * (rest - 2 * cross):
+            return (rest - 2 * cross).item()
+    return max(0.0, (rest - 2 * torch.linalg.svdvals(product).sum()).item())
 
 
 def resampled_distance(reference: Moments, features: Tensor) -> Callable[[Tensor], float]:
@@ -84,6 +92,23 @@ def resampled_distance(reference: Moments, features: Tensor) -> Callable[[Tensor
         return max(0.0, ((reference.mean - mean).square().sum() + reference.cov.trace() + spread - 2 * cross).item())
 
     return distance
+
+
+def _is_even(factor: Tensor) -> bool:
+    """Whether it is Cholesky's with pivots so alike that `_by_gram` is worth trying."""
+    if factor.shape[0] != factor.shape[1]:
+        return False
+    pivots = factor.diagonal()
+    return bool((pivots > 1e-2 * pivots.max()).all())
+
+
+def _by_gram(product: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of the singular values from eigenvalues of the Gram matrix, in a third of the time, and a bound of its
+    error: eigenvalues have a rounding of the largest's size, which small singular values feel."""
+    values = torch.linalg.eigvalsh(product.T @ product)
+    rounding = len(values) * torch.finfo(values.dtype).eps * values[-1]
+    low, exact, high = ((values + shift).clamp(min=0).sqrt().sum() for shift in (-rounding, 0, rounding))
+    return exact, high - low
 
 
 def _factor(cov: Tensor) -> Tensor:

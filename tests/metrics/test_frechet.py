@@ -3,7 +3,6 @@
 import inspect
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -85,6 +84,19 @@ def test_nearly_singular_covariances_lose_nothing(least):
     both = [gaussian(torch.zeros(40), rotation @ v.diag() @ rotation.T) for v in (a, b)]
     assert frechet_distance(*both) == pytest.approx(expected, rel=1e-6)
     assert frechet_distance(both[0], both[0]) < 1e-12
+
+
+@pytest.mark.parametrize("shift", [1.0, 1e-3, 1e-6, 0.0])
+def test_well_conditioned_covariances_take_another_way_to_the_same_distance(monkeypatch, shift):
+    """Down to distances that this way is too rough for; the closed form is of covariances that commute."""
+    rotation = torch.linalg.qr(torch.randn(96, 96, generator=torch.Generator().manual_seed(1)).double())[0]
+    one = torch.linspace(1, 3, 96, dtype=torch.float64)
+    two = (one.sqrt() + shift).square()
+    a, b = (gaussian(torch.zeros(96), rotation @ d.diag() @ rotation.T) for d in (one, two))
+    expected, decompositions, svd = 96 * shift**2, [], torch.linalg.svdvals
+    monkeypatch.setattr(torch.linalg, "svdvals", lambda x: decompositions.append(x) or svd(x))
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-8, abs=1e-12)
+    assert len(decompositions) == (shift < 1e-2)
 
 
 def test_singular_covariances_in_orthogonal_subspaces():
@@ -172,16 +184,13 @@ def test_needs_no_scipy():
 
 
 @pytest.mark.slow
-def test_inception_s_dimensions_take_three_seconds_and_equal_clean_fid(cleanfid):
-    """P8: 2048 dimensions, within 3 s of one thread, equal to 1e-6."""
+def test_features_of_inception_s_dimensions_equal_clean_fid_s(cleanfid):
+    """P8's 1e-6; its seconds are for `benchmarks.all`."""
     a, b = random_features(12, 2500, 2048), random_features(13, 2500, 2048, 0.9)
     both = moments(a), moments(b)
-    started = time.process_time()
     found = frechet_distance(*both)
-    seconds = time.process_time() - started
     assert found == pytest.approx(cleanfid.frechet_distance(*_numpy(both[0]), *_numpy(both[1])), rel=1e-6)
     assert frechet_distance(both[0], both[0]) < 1e-6
-    assert seconds < 3, "on a quiet machine"
 
 
 def _numpy(found):
