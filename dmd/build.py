@@ -343,19 +343,19 @@ def load_teacher(config: Config, data: ImageSet | None, place: Workplace, source
     return found
 
 
-def load_student(config: Config, teacher: Pipeline, place: Workplace) -> Pipeline | None:
-    """The student to go on from, if there is one.
+def load_student(config: Config, teacher: Pipeline) -> Pipeline | None:
+    """The student to go on from, if there is one; on the CPU, as only its weights are needed.
 
     Args:
         teacher: may be one without weights.
 
     Raises:
-        InputError: its network, schedule or prediction is not the teacher's.
+        InputError: as `teachers.load`, and if its network, schedule or prediction is not the teacher's.
     """
     source = config.distill.student
     if source is None:
         return None
-    found = teachers.load(source, place.device)
+    found = teachers.load(source)
     if _kind(found.denoiser) != _kind(teacher.denoiser):
         raise InputError(
             f"--student {source} has another network, schedule or prediction than the teacher: give one "
@@ -537,11 +537,11 @@ def regression(config: Config, metric: Distance, codec: Codec, place: Workplace)
 
 
 def distiller(config: Config, teacher: Pipeline, place: Workplace, distance: Distance) -> Distiller:
-    """Student and fake score begin as copies of the teacher, or as adapters on its weights, which three can share; a
-    student also as another student."""
+    """Student and fake score begin as copies of the teacher, or as adapters on its weights, which three can share. The
+    student may begin as another one instead."""
     d, m = config.distill, config.memory
     student, real, fake = _networks(config, teacher)
-    start = load_student(config, teacher, place)
+    start = load_student(config, teacher)
     if start is not None:
         student.net.load_state_dict(start.denoiser.net.state_dict())
     ema = Ema(student.net, d.ema)

@@ -89,7 +89,7 @@ class Chain:
             assert self.data is not None  # by `check`
             teacher = build.untaught(config, self.data)
         build.check_method(config, teacher, place)
-        start = build.load_student(config, teacher, place)
+        start = build.load_student(config, teacher)
         self.inputs["student"] = None if start is None else start.digest()
 
     def require_same_inputs(self) -> None:
@@ -245,7 +245,7 @@ class Chain:
         updates = progress.step - d.critic_warmup_steps
         critic = 0 if d.objective == "regression" else progress.step * d.critic_steps_per_generator_step
         fresh = 0 if d.objective == "regression" else d.batch_size * d.critic_steps_per_generator_step
-        per_step = fresh + (0 if d.objective == "matching" else d.pair_batch_size)
+        paired = 0 if d.objective == "matching" else d.pair_batch_size
         teacher, student, count = figures["teacher"], figures["student"], self.config.evaluation.final_samples
         summary = {
             "preset": self.config.preset,
@@ -258,7 +258,7 @@ class Chain:
             "distil_seconds": progress.seconds,
             "generator_updates": updates,
             "critic_updates": critic,
-            "images_seen": updates * per_step,
+            "images_seen": progress.step * fresh + updates * paired,
             "best": progress.best,
             "teacher": teacher | {"folder": str(self.source)},
             "student": student | {"folder": str(self.folder / "student")},

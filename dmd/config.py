@@ -102,7 +102,7 @@ class DistillOptions:
     """Steps at the start that train the fake score alone: as the teacher's copy it does not know a --student's images
     yet, and would push it the wrong way."""
     max_train_steps: int = 1500
-    """Generator updates."""
+    """Steps: generator updates, after --critic-warmup-steps of the fake score alone."""
     batch_size: int = 64
     """Unpaired noises per generator update, over all processes."""
     pair_batch_size: int = 64

@@ -173,7 +173,8 @@ def test_the_fake_score_learns_first_where_that_is_asked(world):
     rows = [row for row in figures(world / "warm") if "loss/fake" in row]
     assert ["loss/matching" in row for row in rows] == [False, False, True, True]
     summary = json.loads((world / "warm" / "summary.json").read_text())
-    assert (summary["generator_updates"], summary["critic_updates"]) == (2, 2 + 2 * 2 + 2)
+    assert (summary["generator_updates"], summary["critic_updates"]) == (2, 4 * 2)
+    assert summary["images_seen"] == 4 * 2 * 4 + 2 * 2  # noises in every critic update, pairs in those of the student
 
 
 def test_separate_guidance_times_change_the_gradient_only(world):
@@ -561,7 +562,7 @@ def test_what_cannot_be_distilled_is_refused_before_anything_is_written(world, t
         ),
         (["--regression-crop", "9"], "--regression-crop is 9, but samples have 8 x 8"),
         (["--student", "shapes-student"], "--student shapes-student has another network, schedule or prediction than"),
-        (["--student", "nowhere"], "nowhere"),
+        (["--student", "nowhere"], "nowhere is no folder, and no id on the hub"),
         (["--student", "x", "--student-lora-rank", "2"], "adapters begin as the teacher: leave one out"),
         (["--critic-warmup-steps", "4"], "--critic-warmup-steps is 4 of 4 steps: it must be less"),
         (["--critic-warmup-steps", "1", "--objective", "regression"], "--objective regression has no fake score"),
