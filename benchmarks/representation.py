@@ -182,7 +182,7 @@ WORLDS = {
     "digits": World(digits, "digits", "digits", "digits", ("--max-train-steps", "200")),
     "shapes": World(
         drawn_shapes, "shapes", None, "shapes", ("--image-size", "32", "--max-train-steps", "200"),
-        ("--patch-size", "4", "--local-size", "16"),
+        ("--local-size", "16"),
     ),
     "cifar10": World(cifar10, None, "cifar10", "small"),
     "fashion": World(fashion, None, "fashion", "small", ("--channels", "1")),

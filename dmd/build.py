@@ -101,10 +101,22 @@ shard of pairs, or the comparison at the end. A process that dies ends the other
 
 
 def start(run: RunOptions) -> Workplace:
-    """As `workplace`, for commands without a whole config. Raises InputError if a package that it needs is missing."""
+    """As `workplace`, for commands without a whole config.
+
+    Raises:
+        InputError: a package that it needs is missing, or accelerate has not joined the processes that were started.
+    """
     if run.report_to == "wandb":
         log.require_wandb()
-    accelerator = Accelerator(cpu=run.cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
+    cpu = run.cpu or not torch.accelerator.is_available()  # told, accelerate joins the processes of a CPU; else it
+    # would take each for the only one, and all would write into one folder
+    accelerator = Accelerator(cpu=cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != started:
+        raise InputError(
+            f"WORLD_SIZE is {started}, but {accelerator.num_processes} process takes part: start several with torchrun, "
+            f"or one without WORLD_SIZE"
+        )
     torch.backends.cuda.matmul.allow_tf32 = run.allow_tf32
     torch.backends.cudnn.allow_tf32 = run.allow_tf32
     if accelerator.device.type == "cpu":

@@ -126,9 +126,14 @@ FORMATTED = warnings.formatwarning
 
 
 def _fail(sentence: str, code: int) -> None:
-    """Say why on the first process only: the others fail for the same reason, or because it did."""
-    if os.environ.get("RANK", "0") == "0":
-        print("error: " + " ".join(sentence.split()), file=sys.stderr)
-    else:
-        time.sleep(1)  # a launcher ends all processes as soon as one exits: let the first one speak
+    """Say why. If the first process fails, too, only it does: a launcher ends all others as soon as one exits."""
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(ALONE)
+    who = "" if rank == "0" else f" (process {rank})"
+    print(f"error{who}: " + " ".join(sentence.split()), file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+ALONE = 1.0
+"""After so many seconds a process that has failed is the only one, or the first has failed long ago."""
