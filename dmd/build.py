@@ -104,19 +104,18 @@ def start(run: RunOptions) -> Workplace:
     """As `workplace`, for commands without a whole config.
 
     Raises:
-        InputError: a package that it needs is missing, or accelerate has not joined the processes that were started.
+        InputError: a package that it needs is missing, or there are several processes that cannot join.
     """
     if run.report_to == "wandb":
         log.require_wandb()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" not in os.environ:
+        raise InputError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but LOCAL_RANK is not set, so that each process would take "
+            f"itself for the only one: start them with torchrun, which sets both, or start one without WORLD_SIZE"
+        )
     cpu = run.cpu or not torch.accelerator.is_available()  # told, accelerate joins the processes of a CPU; else it
     # would take each for the only one, and all would write into one folder
     accelerator = Accelerator(cpu=cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != started:
-        raise InputError(
-            f"WORLD_SIZE is {started}, but {accelerator.num_processes} process takes part: start several with torchrun, "
-            f"or one without WORLD_SIZE"
-        )
     torch.backends.cuda.matmul.allow_tf32 = run.allow_tf32
     torch.backends.cudnn.allow_tf32 = run.allow_tf32
     if accelerator.device.type == "cpu":

@@ -13,10 +13,12 @@ import pytest
 import small
 import torch
 from small import Job, assert_same
-from two_processes import ENVIRONMENT, ROOT, TORCHRUN
+from two_processes import ENVIRONMENT, ROOT, TORCHRUN, run
 
-from dmd import checkpoint
+from dmd import build, checkpoint
 from dmd.batches import Share
+from dmd.config import RunOptions
+from dmd.errors import InputError
 
 
 def start(arguments: list[str]) -> subprocess.Popen:
@@ -139,6 +141,55 @@ def test_one_and_two_processes_agree_at_every_step_also_after_a_stop(tmp_path):
     start, _ = small.build(whole, Share())
     distance = [(w - two["modules"]["student"][k]).norm() for k, w in start.modules()["student"].state_dict().items()]
     assert max(distance) > 0.01, "the student hardly moved, so that agreement shows nothing"
+
+
+# ---- processes that were started, and processes that take part ------------------------------------------------------
+
+JOIN = """
+from dmd import build
+from dmd.config import RunOptions
+place = build.start(RunOptions())
+print(f"rank {place.accelerator.process_index} of {place.accelerator.num_processes}, main {place.main}", flush=True)
+"""
+
+
+@pytest.mark.distributed
+def test_processes_without_a_gpu_join_though_nobody_says_cpu(tmp_path):
+    """accelerate by itself takes each for the only one."""
+    (tmp_path / "join.py").write_text(JOIN)
+    done = run([str(tmp_path / "join.py")])
+    assert done.returncode == 0, done.stderr
+    assert sorted(re.findall(r"rank \d of \d, main [TF]", done.stdout)) == [
+        "rank 0 of 2, main T",
+        "rank 1 of 2, main F",
+    ]
+
+
+def test_a_process_that_is_not_joined_is_refused(monkeypatch):
+    """As where a cluster's script sets WORLD_SIZE and starts the program by itself."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="^WORLD_SIZE is 2, but LOCAL_RANK is not set.* start them with torchrun"):
+        build.start(RunOptions(report_to="none"))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("failing", ["0", "1", "01"])
+def test_one_process_says_why_whichever_fails(tmp_path, failing):
+    (tmp_path / "fail.py").write_text(
+        f"""
+import os, time
+from dmd.cli.flags import guarded
+from dmd.errors import InputError
+def work():
+    if os.environ["RANK"] in "{failing}":
+        raise InputError("the disk is gone")
+    time.sleep(60)
+guarded(work)
+"""
+    )
+    done = run([str(tmp_path / "fail.py")])
+    said = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert said == ["error (process 1): the disk is gone" if failing == "1" else "error: the disk is gone"]
 
 
 # ---- the command under torchrun ------------------------------------------------------------------------------------
